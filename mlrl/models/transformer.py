@@ -1,0 +1,173 @@
+"""The one decoder-only transformer: tokens to hidden states, hidden states to logits and values."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mlrl.models.attention import Attention, Cache
+from mlrl.types import Array, Params, Refused
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The shape of a transformer. Defaults are a model of half a million parameters that a laptop trains.
+
+    vocabulary_size  rows of the embedding; 0 takes the size of the task's vocabulary
+    width            D, the width of the residual stream
+    kv_heads         K; the query heads must be a multiple of it
+    qkv_bias         biases on queries, keys and values (Qwen2 has them, Llama does not)
+    tied_head        the embedding is the output head too
+    value_head       a linear value head on the shared trunk
+    dtype            of activations and matrix products; log-softmax and normalization are always fp32
+    """
+
+    vocabulary_size: int = 0
+    width: int = 128
+    layers: int = 2
+    heads: int = 4
+    kv_heads: int = 2
+    head_width: int = 32
+    mlp_width: int = 384
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    tied_head: bool = True
+    value_head: bool = False
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def __post_init__(self):
+        if self.heads % self.kv_heads:
+            raise Refused(f"Config.heads ({self.heads}) must be a multiple of Config.kv_heads ({self.kv_heads})")
+        if self.head_width % 2:
+            raise Refused(f"Config.head_width must be even for rotary positions, got {self.head_width}")
+        for name in ("dtype", "param_dtype"):
+            if getattr(self, name) not in ("float32", "bfloat16"):
+                raise Refused(f"Config.{name} must be 'float32' or 'bfloat16', got {getattr(self, name)!r}")
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * scale, in fp32. Reference: Zhang and Sennrich 2019."""
+
+    eps: float
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (wide * scale).astype(x.dtype)
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate x) * (up x)), gate and up in one product. Reference: Shazeer 2020, GLU Variants."""
+
+    width: int
+    out_init_scale: float
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        both = nn.DenseGeneral((2, self.width), use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype,
+                               name="gate_up")(x)  # fmt: skip
+        hidden = nn.silu(both[..., 0, :]) * both[..., 1, :]
+        init = nn.initializers.variance_scaling(self.out_init_scale, "fan_in", "normal")
+        return nn.Dense(x.shape[-1], use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype,
+                        kernel_init=init, name="down")(hidden)  # fmt: skip
+
+
+class Transformer(nn.Module):
+    """Pre-norm decoder: RMSNorm, rotary grouped-query attention, gated MLP, tied or untied head."""
+
+    config: Config
+
+    def setup(self):
+        c = self.config
+        dtypes = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
+        # Residual branches start small, so that the depth does not blow up the residual stream (GPT-2).
+        small = 1.0 / (2 * c.layers)
+        self.embedding = nn.Embed(c.vocabulary_size, c.width, embedding_init=nn.initializers.normal(0.02), **dtypes)
+        self.attention_norms = [RMSNorm(c.norm_eps, dtypes["param_dtype"]) for _ in range(c.layers)]
+        self.attentions = [
+            Attention(c.kv_heads, c.heads // c.kv_heads, c.head_width, c.rope_theta, c.qkv_bias, small, **dtypes)
+            for _ in range(c.layers)
+        ]
+        self.mlp_norms = [RMSNorm(c.norm_eps, dtypes["param_dtype"]) for _ in range(c.layers)]
+        self.mlps = [GatedMLP(c.mlp_width, small, **dtypes) for _ in range(c.layers)]
+        self.final_norm = RMSNorm(c.norm_eps, dtypes["param_dtype"])
+        if not c.tied_head:
+            self.head = nn.Dense(c.vocabulary_size, use_bias=False, **dtypes)
+        if c.value_head:
+            self.value = nn.Dense(1, kernel_init=nn.initializers.zeros, dtype=jnp.float32, param_dtype=jnp.float32)
+
+    def __call__(self, tokens: Array, positions: Array, mask: Array, caches: tuple[Cache, ...] = (),
+                 column: Array | int = 0) -> tuple[Array, tuple[Cache, ...]]:  # fmt: skip
+        """Hidden states of tokens, looking at the row itself or, with caches, at everything written to them.
+
+        Args:
+          tokens: [B,L] int32.
+          positions: [B,L] int32, the rotary position of each token.
+          mask: [B,L,M] bool, True where token l may look at column m. Without caches M = L.
+          caches: one (keys, values) pair a layer from `empty_caches`, or () for none.
+          column: the cache column where the first of the L tokens is written.
+        Returns: hidden states after the final norm [B,L,D], and the caches with the new columns written.
+        """
+        x = self.embedding(tokens)
+        written = []
+        for i in range(self.config.layers):
+            cache = caches[i] if caches else None
+            mixed, cache = self.attentions[i](self.attention_norms[i](x), positions, mask, cache, column)
+            x = x + mixed
+            x = x + self.mlps[i](self.mlp_norms[i](x))
+            written.append(cache)
+        return self.final_norm(x), tuple(written) if caches else ()
+
+    def logits(self, hidden: Array) -> Array:
+        """Hidden states [...,D] to unnormalized log-probabilities [...,V], always fp32."""
+        return (self.embedding.attend(hidden) if self.config.tied_head else self.head(hidden)).astype(jnp.float32)
+
+    def values(self, hidden: Array) -> Array:
+        """Hidden states [...,D] to estimates of the return [...], fp32; needs Config.value_head."""
+        return self.value(hidden.astype(jnp.float32))[..., 0]
+
+    def everything(self, tokens: Array, positions: Array, mask: Array):
+        """Runs every parameter once; what `initialize` traces."""
+        hidden, _ = self(tokens, positions, mask)
+        return self.logits(hidden), self.values(hidden) if self.config.value_head else ()
+
+
+def initialize(model: Transformer, key: Array) -> Params:
+    """Random parameters of `model`: normal(0.02) embedding, fan-in scaled kernels, residual branches divided by
+    2 * layers in variance, value head zero."""
+    one = jnp.zeros((1, 1), jnp.int32)
+    return model.init(key, one, one, jnp.ones((1, 1, 1), bool), method=Transformer.everything)["params"]
+
+
+def empty_caches(config: Config, rows: int, columns: int, dtype: str = "") -> tuple[Cache, ...]:
+    """Zeroed caches for `rows` rows of `columns` columns: a (keys, values) pair of [B, K, M, head_width] a layer."""
+    shape = (rows, config.kv_heads, columns, config.head_width)
+    zeros = jnp.zeros(shape, jnp.dtype(dtype or config.dtype))
+    return tuple((zeros, zeros) for _ in range(config.layers))
+
+
+def row_positions(valid: Array) -> Array:
+    """Rotary positions of padded rows: the first valid token of a row is 0. valid [B,L] bool -> [B,L] int32."""
+    return jnp.maximum(jnp.cumsum(valid.astype(jnp.int32), axis=1) - 1, 0)
+
+
+def causal_mask(valid: Array) -> Array:
+    """Which columns a token may look at: valid ones up to its own. valid [B,L] bool -> [B,L,L] bool."""
+    length = valid.shape[1]
+    return jnp.tril(jnp.ones((length, length), bool))[None] & valid[:, None, :]
+
+
+def parameter_count(config: Config) -> int:
+    """Number of parameters of a model of this shape."""
+    shapes = jax.eval_shape(lambda key: initialize(Transformer(config), key), jax.random.key(0))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))

@@ -1,0 +1,1 @@
+"""Rollouts: how prompts become episodes."""
