@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mlrl.models.transformer import Transformer, causal_mask, empty_caches, row_positions
+from mlrl.models.transformer import Transformer, causal_mask, empty_caches, row_positions, widen_caches
 from mlrl.sampling import draw_tokens, top_k_filter, top_p_filter
 from mlrl.scoring import log_distribution
 from mlrl.types import Array, Params, Prompts, Rollout
@@ -63,7 +63,7 @@ def generate(
         causal_mask(prompts.valid),
         empty_caches(model.config, n, width),
     )
-    caches = jax.tree.map(lambda c: jnp.pad(each(c), ((0, 0), (0, 0), (0, steps), (0, 0))), caches)
+    caches = widen_caches(caches, group_size, steps)
     prompt_valid, prompt_lengths = each(prompts.valid), each(jnp.sum(prompts.valid, axis=1, dtype=jnp.int32))
     token, log_prob, done = choose(each(hidden[:, -1]), 0)
     write = lambda buffer, column, t: lax.dynamic_update_slice(buffer, column[:, None], (0, t))  # noqa: E731

@@ -8,7 +8,9 @@ from jax import lax
 
 from mlrl.types import Array
 
-Cache = tuple[Array, Array]  # keys and values, each [B, K, M, head_width], M columns
+# Keys [B, K, head_width, M] and values [B, K, M, head_width] over M columns. Both products of a decode step then
+# run along contiguous memory; with the keys' columns outermost, decoding on a CPU took 1.4 times as long.
+Cache = tuple[Array, Array]
 
 
 def rotary(x: Array, positions: Array, *, theta: float = 10_000.0) -> Array:
@@ -40,16 +42,19 @@ def attend(queries: Array, keys: Array, values: Array, mask: Array) -> Array:
 
     Args:
       queries: [B, L, K, H, head_width], H query heads to each of the K key/value heads.
-      keys, values: [B, K, M, head_width].
+      keys: [B, K, head_width, M].
+      values: [B, K, M, head_width].
       mask: [B, L, M] bool, True where a query may look. A query that may look nowhere (padding) gets a
         mean of the values: finite, and never read by a valid token.
     Returns: [B, L, K, H, head_width].
     """
-    scale = queries.shape[-1] ** -0.5
-    logits = jnp.einsum("blkhd,bkmd->bkhlm", queries * scale, keys, preferred_element_type=jnp.float32)
+    b, length, k, h, width = queries.shape
+    queries = jnp.moveaxis(queries * width**-0.5, 1, 3).reshape(b, k, h * length, width)
+    logits = jnp.matmul(queries, keys, preferred_element_type=jnp.float32).reshape(b, k, h, length, -1)
     logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
-    weights = nn.softmax(logits, axis=-1).astype(values.dtype)
-    return jnp.einsum("bkhlm,bkmd->blkhd", weights, values)
+    weights = nn.softmax(logits, axis=-1).astype(values.dtype).reshape(b, k, h * length, -1)
+    mixed = jnp.matmul(weights, values).reshape(b, k, h, length, width)
+    return jnp.moveaxis(mixed, 3, 1)
 
 
 class Attention(nn.Module):
@@ -76,10 +81,10 @@ class Attention(nn.Module):
                               name="qkv")(x)  # fmt: skip
         rotated = rotary(qkv[:, :, :, :-1], positions, theta=self.rope_theta)
         queries = rotated[:, :, :, :-1]
-        keys = jnp.swapaxes(rotated[:, :, :, -1], 1, 2)  # [B, K, L, head_width]
-        values = jnp.swapaxes(qkv[:, :, :, -1], 1, 2)
+        keys = jnp.moveaxis(rotated[:, :, :, -1], 1, 3)  # [B, K, head_width, L]
+        values = jnp.swapaxes(qkv[:, :, :, -1], 1, 2)  # [B, K, L, head_width]
         if cache is not None:
-            keys = lax.dynamic_update_slice(cache[0], keys.astype(cache[0].dtype), (0, 0, column, 0))
+            keys = lax.dynamic_update_slice(cache[0], keys.astype(cache[0].dtype), (0, 0, 0, column))
             values = lax.dynamic_update_slice(cache[1], values.astype(cache[1].dtype), (0, 0, column, 0))
             cache = (keys, values)
         mixed = attend(queries, keys, values, mask)

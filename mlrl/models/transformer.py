@@ -149,11 +149,19 @@ def initialize(model: Transformer, key: Array) -> Params:
     return model.init(key, one, one, jnp.ones((1, 1, 1), bool), method=Transformer.everything)["params"]
 
 
-def empty_caches(config: Config, rows: int, columns: int, dtype: str = "") -> tuple[Cache, ...]:
-    """Zeroed caches for `rows` rows of `columns` columns: a (keys, values) pair of [B, K, M, head_width] a layer."""
-    shape = (rows, config.kv_heads, columns, config.head_width)
-    zeros = jnp.zeros(shape, jnp.dtype(dtype or config.dtype))
-    return tuple((zeros, zeros) for _ in range(config.layers))
+def empty_caches(config: Config, rows: int, columns: int) -> tuple[Cache, ...]:
+    """Zeroed caches for `rows` rows of `columns` columns, a (keys, values) pair a layer; see attention.Cache."""
+    keys = jnp.zeros((rows, config.kv_heads, config.head_width, columns), jnp.dtype(config.dtype))
+    return tuple((keys, jnp.swapaxes(keys, 2, 3)) for _ in range(config.layers))
+
+
+def widen_caches(caches: tuple[Cache, ...], rows_each: int, more_columns: int) -> tuple[Cache, ...]:
+    """Repeats every row `rows_each` times and appends `more_columns` empty columns."""
+    def widen(x: Array, axis: int) -> Array:
+        padding = [(0, more_columns if i == axis else 0) for i in range(4)]
+        return jnp.pad(jnp.repeat(x, rows_each, axis=0), padding)
+
+    return tuple((widen(keys, 3), widen(values, 2)) for keys, values in caches)
 
 
 def row_positions(valid: Array) -> Array:
