@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mlrl.models.transformer import Transformer, causal_mask, empty_caches, row_positions, widen_caches
-from mlrl.sampling import draw_tokens, top_k_filter, top_p_filter
+from mlrl.sampling import Sampling, draw_tokens, top_k_filter, top_p_filter
 from mlrl.scoring import log_distribution
 from mlrl.types import Array, Params, Prompts, Rollout
 
@@ -22,9 +22,7 @@ def generate(
     eos_ids: tuple[int, ...],
     pad_id: int,
     group_size: int = 1,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    sampling: Sampling = Sampling(),
     policy_version: Array | int = 0,
 ) -> Rollout:
     """Samples `group_size` completions of every prompt.
@@ -39,12 +37,12 @@ def generate(
       key: the randomness of row b at step t is fold_in(fold_in(key, b), t).
       max_completion_tokens: T, the columns reserved for completions.
       eos_ids: any of these ends a row; the EOS itself is an action.
-      temperature: 0.0 is greedy (the recorded log-probs are then those of temperature 1).
+      sampling: at temperature 0.0 (greedy) the recorded log-probs are those of temperature 1.
     Returns: Rollout with B = N * group_size rows, the groups in order, and L = P + T columns.
     """
     n, width = prompts.tokens.shape
     rows, steps = n * group_size, max_completion_tokens
-    greedy = temperature == 0.0
+    greedy = sampling.temperature == 0.0
     each = lambda x: jnp.repeat(x, group_size, axis=0)  # noqa: E731
     apply = lambda *args, **kwargs: model.apply({"params": params}, *args, **kwargs)  # noqa: E731
     row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
@@ -52,8 +50,8 @@ def generate(
 
     def choose(hidden: Array, t: Array | int) -> tuple[Array, Array, Array]:
         """Hidden states [B,D] -> token, its log-prob, whether it ends the row; each [B]."""
-        log_p = log_distribution(apply(hidden, method=Transformer.logits), temperature)
-        log_p = top_p_filter(top_k_filter(log_p, top_k), top_p)
+        log_p = log_distribution(apply(hidden, method=Transformer.logits), sampling.temperature)
+        log_p = top_p_filter(top_k_filter(log_p, sampling.top_k), sampling.top_p)
         token = draw_tokens(jax.vmap(lambda k: jax.random.fold_in(k, t))(row_keys), log_p, greedy=greedy)
         return token, jnp.take_along_axis(log_p, token[:, None], axis=1)[:, 0], jnp.isin(token, eos)
 

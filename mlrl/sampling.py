@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
-from mlrl.types import Array
+from mlrl.types import Array, Refused
+
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn: temperature (0.0: greedy), then top-k (0: off), then top-p (1.0: off)."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if self.temperature < 0.0:
+            raise Refused(f"Sampling.temperature must be at least 0.0, got {self.temperature}")
+        if self.top_k < 0:
+            raise Refused(f"Sampling.top_k must be at least 0, got {self.top_k}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise Refused(f"Sampling.top_p must lie in (0, 1], got {self.top_p}")
+
+    @property
+    def filtered(self) -> bool:
+        """Whether tokens of the full distribution are left out."""
+        return self.top_k > 0 or self.top_p < 1.0
+
+
+GREEDY = Sampling(temperature=0.0)
 
 _NEVER = jnp.finfo(jnp.float32).min
 

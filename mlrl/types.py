@@ -324,7 +324,7 @@ class CurriculumFn(NamedTuple):
     update: Callable[..., Any]
 
 
-RolloutFn = Callable[..., Rollout]  # (model, params, prompts, key, *, vocabulary, policy_version) -> Rollout
+RolloutFn = Callable[..., Rollout]  # (model, params, prompts, key, *, vocabulary, sampling, group_size, policy_version)
 AdvantageFn = Callable[[Batch], tuple[Array, Array]]  # batch -> (advantages [B,L], returns [B,L])
 SelectFn = Callable[[Batch], Array]  # batch -> keep [B] bool: rows that stay in the loss
 LossFn = Callable[[Scores, Batch], tuple[Array, Metrics]]  # -> (scalar, metrics), both plain sums over rows

@@ -1,0 +1,182 @@
+"""The update: minibatches, epochs and micro-batches with exact global denominators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.interpreters import partial_eval
+
+from mlrl.meshes import split_rows
+from mlrl.optimizers import current_learning_rate
+from mlrl.types import (
+    Array,
+    Batch,
+    LossFn,
+    Metrics,
+    Params,
+    ReductionFn,
+    Refused,
+    Rewards,
+    Rollout,
+    Scores,
+    TrainState,
+)
+
+ScoreFn = Callable[[Params, Rollout], Scores]
+
+
+def unannotated(rollout: Rollout, rewards: Rewards | None = None) -> Batch:
+    """A Batch of rows about which nothing is known yet: NaN where something could be missed, never 0.
+
+    Args:
+      rollout: [B,L].
+      rewards: what the rows earned; without it every row counts as scored, with reward 0 (supervised data).
+    """
+    b, length = rollout.tokens.shape
+    zeros, missing = jnp.zeros((b, length), jnp.float32), jnp.full((b, length), jnp.nan, jnp.float32)
+    if rewards is None:
+        rewards = Rewards(tokens=zeros, outcome=jnp.zeros((b,), jnp.float32), scored=jnp.ones((b,), bool), parts={})
+    return Batch(
+        rollout=rollout, rewards=rewards, old_log_probs=missing, reference_log_probs=missing, values=missing,
+        advantages=missing, returns=missing, mask=rollout.action_mask & rewards.scored[:, None],
+        weights=zeros, token_weights=zeros,
+    )  # fmt: skip
+
+
+def fields_read(function: Callable, *args: Any) -> set[str]:
+    """Which array fields of `args` (dataclasses) the outputs of `function` depend on, as "Batch.advantages".
+
+    Found by dead-code elimination on the traced function, so nothing needs to declare what it reads: a loss whose
+    coefficient is 0.0 reads nothing, and what nobody reads is never computed. Nothing is compiled or run.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(args)
+    flat = lambda *xs: jax.tree.leaves(function(*jax.tree.unflatten(structure, xs)))  # noqa: E731
+    jaxpr = jax.make_jaxpr(flat)(*[leaf for _, leaf in leaves]).jaxpr
+    _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    name = lambda path: type(args[path[0].idx]).__name__ + jax.tree_util.keystr(path[1:])  # noqa: E731
+    return {name(path) for (path, _), is_used in zip(leaves, used) if is_used}
+
+
+def total_loss(losses: Sequence[LossFn], scores: Scores, batch: Batch) -> tuple[Array, Metrics]:
+    """The sum of the losses, and their metrics together."""
+    total, metrics = jnp.float32(0.0), {}
+    for loss_fn in losses:
+        value, more = loss_fn(scores, batch)
+        total, metrics = total + value, metrics | more
+    return total, metrics
+
+
+def gradients(params: Params, batch: Batch, *, score_fn: ScoreFn, losses: Sequence[LossFn],
+              micro_batch_rows: int = 0) -> tuple[Params, Metrics]:  # fmt: skip
+    """Gradient of the loss over a minibatch, accumulated over micro-batches.
+
+    Losses and metrics are plain sums of weighted terms, and the weights were made over the whole minibatch; so the
+    sum over micro-batches *is* the minibatch's value, whatever their number. fp32 accumulation.
+
+    Args:
+      batch: rows of one minibatch, with weights.
+      micro_batch_rows: rows of a forward and backward pass; 0: all of them.
+    """
+
+    def loss(params: Params, rows: Batch) -> tuple[Array, Metrics]:
+        value, metrics = total_loss(losses, score_fn(params, rows.rollout), rows)
+        return value, metrics | {"loss": value}
+
+    grad_fn = jax.grad(loss, has_aux=True)
+    rows = batch.mask.shape[0]
+    if micro_batch_rows in (0, rows):
+        return grad_fn(params, batch)
+    pieces = _split(batch, rows // micro_batch_rows)
+    shape = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], pieces))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
+    add = lambda total, piece: (jax.tree.map(jnp.add, total, grad_fn(params, split_rows(piece))), None)  # noqa: E731
+    return jax.lax.scan(add, zeros, pieces)[0]
+
+
+def update(
+    state: TrainState,
+    batch: Batch,
+    key: Array,
+    *,
+    score_fn: ScoreFn,
+    losses: Sequence[LossFn],
+    reduction: ReductionFn,
+    optimizer: optax.GradientTransformation,
+    minibatches: int = 1,
+    epochs: int = 1,
+    micro_batch_rows: int = 0,
+) -> tuple[TrainState, Metrics]:
+    """`epochs` passes over the batch in `minibatches` optimizer steps each.
+
+    Rows are shuffled once an epoch, unless there is one minibatch. A step whose loss or gradient is not finite is
+    skipped: parameters and optimizer stay, `bad_updates` counts up; a good step sets it to 0.
+
+    Args:
+      batch: B rows; `mask` is final, `weights` and `token_weights` are made here, over each whole minibatch.
+      key: for the shuffles.
+      score_fn: (params, rollout) -> Scores, the learner's forward pass.
+      micro_batch_rows: rows of one forward and backward pass; 0: the whole minibatch.
+    Returns: the state after the last optimizer step, and metrics averaged over the optimizer steps.
+    Raises: Refused when the rows do not divide.
+    """
+    rows = batch.mask.shape[0]
+    check_division(rows, minibatches, micro_batch_rows)
+
+    def optimizer_step(state: TrainState, rows: Batch) -> tuple[TrainState, Metrics]:
+        rows = split_rows(rows)
+        rows = rows.replace(weights=reduction(rows.mask), token_weights=_token_mean(rows.mask))
+        grads, metrics = gradients(state.params, rows, score_fn=score_fn, losses=losses,
+                                   micro_batch_rows=micro_batch_rows)  # fmt: skip
+        return apply_gradients(state, grads, metrics, optimizer)
+
+    def epoch(state: TrainState, key: Array) -> tuple[TrainState, Metrics]:
+        if minibatches == 1:
+            state, metrics = optimizer_step(state, batch)
+            return state, jax.tree.map(lambda x: x[None], metrics)
+        order = jax.random.permutation(key, rows)
+        return jax.lax.scan(optimizer_step, state, _split(jax.tree.map(lambda x: x[order], batch), minibatches))
+
+    if epochs == 1:
+        state, metrics = epoch(state, key)
+    else:
+        state, metrics = jax.lax.scan(epoch, state, jax.random.split(key, epochs))
+    metrics = jax.tree.map(jnp.mean, metrics)
+    return state, metrics | {"lr": current_learning_rate(state.opt_state)}
+
+
+def apply_gradients(state: TrainState, grads: Params, metrics: Metrics,
+                    optimizer: optax.GradientTransformation) -> tuple[TrainState, Metrics]:  # fmt: skip
+    """One optimizer step, or none at all if the loss or a gradient is NaN or infinite."""
+    norm = optax.global_norm(grads)
+    good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+    steps, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)  # noqa: E731
+    state = state.replace(
+        params=keep(optax.apply_updates(state.params, steps), state.params),
+        opt_state=keep(opt_state, state.opt_state),
+        bad_updates=jnp.where(good, 0, state.bad_updates + 1),
+    )
+    return state, metrics | {"grad_norm": norm, "skipped_updates": 1.0 - good.astype(jnp.float32)}
+
+
+def check_division(rows: int, minibatches: int, micro_batch_rows: int) -> None:
+    """Raises Refused, in words, when rows do not divide into minibatches or these into micro-batches."""
+    if rows % minibatches:
+        raise Refused(f"{rows} rows do not divide into minibatches = {minibatches}")
+    if micro_batch_rows and (rows // minibatches) % micro_batch_rows:
+        raise Refused(
+            f"a minibatch of {rows // minibatches} rows does not divide into micro_batch_rows = {micro_batch_rows}"
+        )
+
+
+def _token_mean(mask: Array) -> Array:
+    mask = mask.astype(jnp.float32)
+    return mask / jnp.maximum(jnp.sum(mask), 1.0)
+
+
+def _split(tree: Any, pieces: int) -> Any:
+    return jax.tree.map(lambda x: x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:]), tree)
