@@ -1,0 +1,137 @@
+"""Evaluation on held-out prompts: greedy accuracy, mean@k, pass@k and maj@k, with intervals."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from mlrl import metrics, prompts
+from mlrl.models.transformer import Transformer
+from mlrl.rewards.lifting import lift
+from mlrl.sampling import GREEDY, Sampling
+from mlrl.types import Models, Params, RewardFn, Rollout, RolloutFn, Task
+
+Results = dict[str, dict[str, dict[str, float]]]  # task -> metric -> {"value", "low", "high"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What to measure, and how often.
+
+    task             held-out prompts: the first `prompts` of them, always the same
+    reward_fn        judges the completions; its unshaped outcome counts, and an outcome above 0.5 is correct
+    prompts          how many prompts
+    samples          k completions a prompt, besides the greedy one; 0: greedy only
+    every_steps      measured before, after, and every so many steps; 0: before and after only
+    answer           completion -> the answer that maj@k votes on
+    """
+
+    task: Task
+    reward_fn: RewardFn | Callable
+    prompts: int = 256
+    samples: int = 0
+    every_steps: int = 0
+    sampling: Sampling = Sampling()
+    answer: Callable[[str], Any] = str.strip
+    seed: int = 0
+
+    def due(self, step: int, last_step: int) -> bool:
+        """Whether this is measured after `step` steps of a run that ends at `last_step`."""
+        return step in (0, last_step) or (self.every_steps > 0 and step % self.every_steps == 0)
+
+
+Evaluator = Callable[[Params, int, int], Results]
+
+
+def evaluator(evaluations: Sequence[Evaluation], model: Transformer, rollout_fn: RolloutFn) -> Evaluator:
+    """(params, step, last_step) -> results of the evaluations that are due; samplers are compiled once."""
+    measures = [(evaluation, _measure(evaluation, model, rollout_fn)) for evaluation in evaluations]
+
+    def evaluate(params: Params, step: int, last_step: int) -> Results:
+        return {e.task.name: measure(params) for e, measure in measures if e.due(step, last_step)}
+
+    return evaluate
+
+
+def _measure(evaluation: Evaluation, model: Transformer, rollout_fn: RolloutFn) -> Callable[[Params], Mapping]:
+    task, reward = evaluation.task, lift(evaluation.reward_fn)
+    batch = prompts.first(task, evaluation.prompts)
+
+    def sampler(sampling: Sampling, group_size: int) -> Callable[[Params, Any, Any], Rollout]:
+        run = lambda params, batch, key: rollout_fn(  # noqa: E731
+            model, params, batch, key, vocabulary=task.vocabulary, sampling=sampling, group_size=group_size
+        )
+        return jax.jit(run)
+
+    greedy, sampled = sampler(GREEDY, 1), sampler(evaluation.sampling, max(1, evaluation.samples))
+
+    def outcomes(rollout: Rollout, group_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """(correct [N,k], NaN where unscored; answers [N,k])."""
+        rows = prompts.repeat(batch, group_size)
+        if not reward.in_graph:
+            rollout, rows = jax.device_get((rollout, rows))
+        rewards, _ = reward.update(reward.init(), rollout, rows, task, _no_models(task))
+        rewards, rollout = jax.device_get((rewards, rollout))
+        correct = np.where(rewards.scored, rewards.outcome, np.nan)
+        answers = [evaluation.answer(text) for text in completions(rollout, task)]
+        return correct.reshape(-1, group_size), np.asarray(answers, object).reshape(-1, group_size)
+
+    def measure(params: Params) -> dict[str, dict[str, float]]:
+        key = jax.random.key(evaluation.seed)
+        correct, _ = outcomes(greedy(params, batch, key), 1)
+        results = {"greedy": _interval(correct[:, 0])}
+        if evaluation.samples:
+            correct, answers = outcomes(sampled(params, batch, key), evaluation.samples)
+            results |= _sampled_results(correct, answers)
+        return results
+
+    return measure
+
+
+def completions(rollout: Rollout, task: Task) -> list[str]:
+    """The text of every row's actions; rollout on the host."""
+    return [task.vocabulary.decode(tokens[mask]) for tokens, mask in zip(rollout.tokens, rollout.action_mask)]
+
+
+def _sampled_results(correct: np.ndarray, answers: np.ndarray) -> dict[str, dict[str, float]]:
+    """mean@k, pass@1..k in powers of two, and maj@k, each with a 95% interval over prompts."""
+    k = correct.shape[1]
+    right = np.where(np.isnan(correct), 0.0, correct) > 0.5
+    results = {f"mean@{k}": _interval(np.nanmean(correct, axis=1))}
+    j = 1
+    while j <= k:
+        results[f"pass@{j}"] = _interval(np.asarray([metrics.pass_at_k(k, int(row.sum()), j) for row in right]))
+        j *= 2
+    votes = [_majority(a, r) for a, r in zip(answers, right)]
+    return results | {f"maj@{k}": _interval(np.asarray(votes, float))}
+
+
+def _majority(answers: Sequence[Any], right: Sequence[bool]) -> float:
+    """Share of the most frequent answers that are right: ties are broken at random, in expectation."""
+    counts = collections.Counter(answers)
+    most = max(counts.values())
+    verdicts = {answer: float(ok) for answer, ok in zip(answers, right) if counts[answer] == most}
+    return sum(verdicts.values()) / len(verdicts)
+
+
+def _interval(x: np.ndarray) -> dict[str, float]:
+    """Mean over prompts and its 95% normal interval; unscored prompts (NaN) are left out."""
+    x = x[~np.isnan(x)]
+    if x.size == 0:
+        return {"value": float("nan"), "low": float("nan"), "high": float("nan"), "prompts": 0}
+    mean, half = float(x.mean()), 1.96 * float(x.std(ddof=1 if x.size > 1 else 0)) / np.sqrt(x.size)
+    return {"value": mean, "low": mean - float(half), "high": mean + float(half), "prompts": int(x.size)}
+
+
+def _no_models(task: Task) -> Models:
+    def refuse(*_, **__):
+        from mlrl.types import Refused
+
+        raise Refused(f"the evaluation of {task.name!r} uses a reward that asks models: name one that does not")
+
+    return Models(refuse, refuse, refuse)

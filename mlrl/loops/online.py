@@ -1,0 +1,279 @@
+"""The online loop: prompts -> rollout -> reward -> annotate -> advantage -> update, step after step."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mlrl import advantages, curricula, meshes, optimizers, reductions, runs, scoring, selection
+from mlrl import prompts as prompts_lib
+from mlrl.evaluation import Evaluation, evaluator
+from mlrl.loops import checks
+from mlrl.loops.start import random_parameters
+from mlrl.models.transformer import Config, Transformer
+from mlrl.monitoring import step_metrics
+from mlrl.rewards.lifting import lift
+from mlrl.rollouts.single_turn import single_turn
+from mlrl.sampling import Sampling
+from mlrl.types import (
+    AdvantageFn,
+    Array,
+    Batch,
+    CurriculumFn,
+    LossFn,
+    Metrics,
+    Models,
+    Params,
+    Prompts,
+    ReductionFn,
+    RewardFn,
+    Rewards,
+    Rollout,
+    RolloutFn,
+    Scores,
+    SelectFn,
+    Task,
+    TrainState,
+)
+from mlrl.updates import unannotated, update
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What an online run is made of. Every field is a function, a number, or a noun.
+
+    What a step is: `prompts_per_step` (N) prompts, `group_size` (G) completions each, B = N * G rows; they are
+    rewarded, and learned from in `epochs` * `minibatches` optimizer steps.
+
+    task            where prompts come from
+    reward_fn       a plain function (see mlrl.rewards.lifting.lift) or a RewardFn
+    losses          functions of (Scores, Batch), summed
+    model           the shape of the policy (and of the value head on its trunk)
+    rollout_fn      how prompts become rows
+    sampling        temperature and filters; the learner scores at the same temperature
+    advantage_fn    Batch -> (advantages, returns)
+    select_fn       Batch -> rows that stay in the loss
+    reduction       mask -> weights: what "mean" means, over a whole minibatch
+    old_log_probs   the ratio's denominator: as recorded by the sampler, or recomputed
+    optimizer       an optax transformation
+    curriculum      sampling weights over the task's sources
+    start           (model, key) -> the first parameters, also those of the frozen reference
+    evaluations     what to measure on held-out prompts
+    mesh            the devices, as a function, so that an experiment can be read without touching them
+    """
+
+    task: Task
+    reward_fn: RewardFn | Callable
+    losses: tuple[LossFn, ...]
+    num_steps: int
+    model: Config = Config()
+    prompts_per_step: int = 32
+    group_size: int = 8
+    rollout_fn: RolloutFn = single_turn
+    sampling: Sampling = Sampling()
+    advantage_fn: AdvantageFn = advantages.grpo
+    select_fn: SelectFn = selection.keep_all
+    reduction: ReductionFn = reductions.token_mean
+    old_log_probs: Callable[..., Array] = scoring.sampler_log_probs
+    optimizer: optax.GradientTransformation = optimizers.adamw()
+    curriculum: CurriculumFn = curricula.fixed()
+    minibatches: int = 1
+    epochs: int = 1
+    micro_batch_rows: int = 0
+    score_chunk_columns: int = 0
+    start: Callable[[Transformer, Array], Params] = random_parameters
+    evaluations: tuple[Evaluation, ...] = ()
+    mesh: Callable[[], jax.sharding.Mesh] = meshes.data_mesh
+    recording: runs.Recording = runs.Recording()
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """An experiment closed over its model and checked. Nothing is compiled yet."""
+
+    experiment: Experiment
+    model: Transformer
+    reward: RewardFn
+    reads: frozenset[str]  # the fields that losses, advantage and selection look at: nothing else is computed
+
+
+def train(experiment: Experiment, run: runs.Run) -> TrainState:
+    """Runs `experiment` in the folder of `run`, from its last checkpoint if it holds one. Returns the last state."""
+    parts = prepare(experiment)
+    with meshes.use(experiment.mesh()) as mesh:
+        state = run.restore_or(abstract_state(parts), lambda: initial_state(parts), meshes.replicated(mesh))
+        evaluate = evaluator(experiment.evaluations, parts.model, experiment.rollout_fn)
+        next_prompts, take_step = prompt_source(parts), step_function(parts, run)
+        run.begin(experiment.num_steps, evaluate, state)
+        for step in range(int(state.step), experiment.num_steps):
+            prompts = next_prompts(state, step)
+            state, metrics, batch = take_step(state, prompts)
+            run.record(state, step + 1, metrics, batch, prompts)
+    return state
+
+
+def prepare(experiment: Experiment) -> Parts:
+    """Everything about an experiment that can be checked before compiling is checked here. Raises Refused."""
+    model = checks.model_for(experiment.model, experiment.task.vocabulary)
+    checks.rows_divide(experiment)
+    parts = Parts(experiment, model, lift(experiment.reward_fn), frozenset())
+    batch = jax.eval_shape(lambda: unannotated(*_abstract_rows(parts)))
+    reads = checks.what_is_read(experiment.losses, (experiment.advantage_fn, experiment.select_fn), batch)
+    checks.compatible(experiment, reads)
+    checks.rewards_work(parts.reward, experiment.task)
+    return dataclasses.replace(parts, reads=frozenset(reads))
+
+
+def prompt_source(parts: Parts) -> Callable[[TrainState, int], Prompts]:
+    """(state, step) -> the step's prompts, a pure function of the run's key, the step and the curriculum's state."""
+    experiment = parts.experiment
+
+    def draw(key: Array, step: Array | int, curriculum_state: Any) -> Prompts:
+        weights = experiment.curriculum.weights(curriculum_state)
+        return prompts_lib.draw(experiment.task, key, step, experiment.prompts_per_step, weights)
+
+    if experiment.task.in_graph:
+        draw = jax.jit(draw)
+    return lambda state, step: draw(state.key, step, state.curriculum)
+
+
+def step_function(parts: Parts, run: runs.Run) -> Callable[[TrainState, Prompts], tuple[TrainState, Metrics, Batch]]:
+    """The step: one jit when the reward is in the graph, else two with the host's rewards between them."""
+    if parts.reward.in_graph:
+        return jax.jit(functools.partial(whole_step, parts), donate_argnums=0)
+    sample, learn_ = jax.jit(functools.partial(sample_rows, parts)), jax.jit(functools.partial(learn, parts))
+
+    def step(state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics, Batch]:
+        with run.phase("rollout"):
+            rollout = jax.block_until_ready(sample(state, prompts))
+        with run.phase("reward"):
+            rewards, reward_state = reward_rows(parts, state, jax.device_get(rollout), jax.device_get(prompts))
+        with run.phase("update"):
+            return jax.block_until_ready(learn_(state.replace(reward=reward_state), prompts, rollout, rewards))
+
+    return step
+
+
+def whole_step(parts: Parts, state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics, Batch]:
+    """One training step as one pure function: sample, reward, learn."""
+    rollout = sample_rows(parts, state, prompts)
+    rewards, reward_state = reward_rows(parts, state, rollout, prompts)
+    return learn(parts, state.replace(reward=reward_state), prompts, rollout, rewards)
+
+
+def sample_rows(parts: Parts, state: TrainState, prompts: Prompts) -> Rollout:
+    """The current policy's episodes: [N] prompts -> [B] rows."""
+    experiment = parts.experiment
+    return meshes.split_rows(
+        experiment.rollout_fn(
+            parts.model, state.params, meshes.split_rows(prompts), step_key(state, 0),
+            vocabulary=experiment.task.vocabulary, sampling=experiment.sampling,
+            group_size=experiment.group_size, policy_version=state.step,
+        )
+    )  # fmt: skip
+
+
+def reward_rows(parts: Parts, state: TrainState, rollout: Rollout, prompts: Prompts) -> tuple[Rewards, Any]:
+    """What the rows earned, and the reward's next state."""
+    rows = prompts_lib.repeat(prompts, parts.experiment.group_size)
+    return parts.reward.update(state.reward, rollout, rows, parts.experiment.task, models(parts, state, prompts))
+
+
+def learn(parts: Parts, state: TrainState, prompts: Prompts, rollout: Rollout,
+          rewards: Rewards) -> tuple[TrainState, Metrics, Batch]:  # fmt: skip
+    """Annotate the rows, credit their tokens, and update: the state of the next step, metrics, and the rows."""
+    experiment = parts.experiment
+    batch = annotate(parts, state, unannotated(rollout, rewards), prompts)
+    credit, returns = experiment.advantage_fn(batch)
+    batch = batch.replace(advantages=credit, returns=returns)
+    batch = batch.replace(mask=batch.mask & experiment.select_fn(batch)[:, None])
+    state, metrics = update(
+        state, batch, step_key(state, 1),
+        score_fn=lambda params, rows: score(parts, params, rows, prompts), losses=experiment.losses,
+        reduction=experiment.reduction, optimizer=experiment.optimizer, minibatches=experiment.minibatches,
+        epochs=experiment.epochs, micro_batch_rows=experiment.micro_batch_rows,
+    )  # fmt: skip
+    rows = prompts_lib.repeat(prompts, experiment.group_size)
+    curriculum = experiment.curriculum.update(state.curriculum, rows, batch)
+    return state.replace(step=state.step + 1, curriculum=curriculum), metrics | step_metrics(batch), batch
+
+
+def annotate(parts: Parts, state: TrainState, batch: Batch, prompts: Prompts) -> Batch:
+    """Adds what models say of the rows before the update, as far as anything reads it."""
+    current = lambda rollout: score(parts, state.params, rollout, prompts)  # noqa: E731
+    if "Batch.old_log_probs" in parts.reads:
+        batch = batch.replace(old_log_probs=parts.experiment.old_log_probs(batch.rollout, current))
+    if "Batch.values" in parts.reads:
+        batch = batch.replace(values=current(batch.rollout).values)
+    if "Batch.reference_log_probs" in parts.reads:
+        reference = score(parts, state.reference, batch.rollout, prompts)
+        batch = batch.replace(reference_log_probs=reference.log_probs)
+    return jax.lax.stop_gradient(batch)
+
+
+def score(parts: Parts, params: Params, rollout: Rollout, prompts: Prompts) -> Scores:
+    """The learner's forward pass, at the sampler's temperature; the prompts' columns are not scored."""
+    return scoring.score(
+        parts.model, params, rollout, temperature=parts.experiment.sampling.temperature,
+        first_column=prompts.tokens.shape[1], chunk_columns=parts.experiment.score_chunk_columns,
+    )  # fmt: skip
+
+
+def models(parts: Parts, state: TrainState, prompts: Prompts) -> Models:
+    """Models bound to their weights, for rewards that ask them."""
+    experiment = parts.experiment
+    return Models(
+        generate=lambda prompts, key: experiment.rollout_fn(
+            parts.model, state.params, prompts, key, vocabulary=experiment.task.vocabulary,
+            sampling=experiment.sampling, group_size=1, policy_version=state.step,
+        ),
+        score=lambda rollout: score(parts, state.params, rollout, prompts),
+        reference=lambda rollout: score(parts, state.reference, rollout, prompts),
+    )  # fmt: skip
+
+
+def step_key(state: TrainState, purpose: int) -> Array:
+    """A key for one purpose in one step: resuming a run resumes its randomness."""
+    return jax.random.fold_in(jax.random.fold_in(state.key, state.step), purpose)
+
+
+def initial_state(parts: Parts) -> TrainState:
+    """The state before the first step."""
+    return state_from(parts, parts.experiment.start(parts.model, jax.random.key(parts.experiment.seed)))
+
+
+def abstract_state(parts: Parts) -> TrainState:
+    """Shapes and dtypes of the state, without computing any of it."""
+    return jax.eval_shape(lambda key: state_from(parts, random_parameters(parts.model, key)), jax.random.key(0))
+
+
+def state_from(parts: Parts, params: Params) -> TrainState:
+    """The state of step 0 around the first parameters."""
+    experiment = parts.experiment
+    reference = params if "Batch.reference_log_probs" in parts.reads else ()
+    return TrainState(
+        step=jnp.int32(0), key=jax.random.key(experiment.seed), params=params,
+        opt_state=experiment.optimizer.init(params), reference=jax.tree.map(jnp.copy, reference),
+        curriculum=experiment.curriculum.init(experiment.task), reward=parts.reward.init(), controllers={},
+        bad_updates=jnp.int32(0),
+    )  # fmt: skip
+
+
+def _abstract_rows(parts: Parts) -> tuple[Rollout, Rewards]:
+    """Zero rows of the shapes a step has, for tracing."""
+    experiment = parts.experiment
+    prompts = prompts_lib.draw(experiment.task, jax.random.key(0), 0, experiment.prompts_per_step,
+                               jnp.asarray(experiment.task.rates))  # fmt: skip
+    state = abstract_state(parts)
+    rollout = jax.eval_shape(functools.partial(sample_rows, parts), state, prompts)
+    b, length = rollout.tokens.shape
+    parts_of_reward = {name: jnp.zeros((b,)) for name in parts.reward.names}
+    rewards = Rewards(jnp.zeros((b, length)), jnp.zeros((b,)), jnp.ones((b,), bool), parts_of_reward)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), rollout), rewards
