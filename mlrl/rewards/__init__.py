@@ -1,0 +1,33 @@
+"""Rewards: liftings of plain functions, combinators, shipped rewards and adapters, imported when first used.
+
+Lazily, because worker processes import `mlrl.rewards.shipped` and must not pay for (or hold) JAX.
+"""
+
+import importlib
+
+_PUBLIC = {
+    "mlrl.rewards.lifting": ("in_graph", "lift", "stateful", "with_models"),
+    "mlrl.rewards.completions": ("per_completion",),
+    "mlrl.rewards.combinators": (
+        "center", "chain", "clip", "gate", "potential_shaping", "scale", "weighted_sum",
+    ),
+    "mlrl.rewards.shipped": (
+        "exact", "format_tags", "gsm8k_lenient", "gsm8k_strict", "knights_and_knaves", "length", "numeric",
+        "reasoning_gym", "regular_expression", "symbolic",
+    ),
+    "mlrl.rewards.graph": (
+        "arithmetic", "countdown", "length_tokens", "overlong", "random", "truncated_penalty",
+    ),
+    "mlrl.rewards.adapters": ("from_openrlhf", "from_trl", "from_verifiers", "from_verl"),
+}  # fmt: skip
+_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'mlrl.rewards' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)
+
+
+def __dir__():
+    return sorted(_MODULE_OF)

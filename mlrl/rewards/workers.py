@@ -1,0 +1,257 @@
+"""Worker processes that run people's reward functions: time limits, retries and restarts are the parent's."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import pickle
+import queue
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import cloudpickle
+
+from mlrl.types import Refused
+
+_SCRIPT = pathlib.Path(__file__).with_name("worker.py")
+REASONS = ("raised", "hung", "not_finite", "wrong_type", "died", "not_applicable")
+
+
+class Call(NamedTuple):
+    """One call to make: the row it is for, which of the pool's functions, and that function's arguments."""
+
+    row: int
+    which: int
+    completion: str
+    example: Mapping[str, Any]
+
+
+class Answer(NamedTuple):
+    """What came of a call: its entries ("reward" among them), or one of REASONS and a detail in words."""
+
+    entries: dict[str, float]
+    reason: str
+    detail: str
+
+
+NOT_RUN = Answer({}, "not_run", "too many rows had failed before it")
+
+
+class _Process:
+    """One worker process and its two pipes."""
+
+    def __init__(self, settings: bytes, payload: bytes, startup_seconds: float):
+        # A worker must never take the accelerator from the run it serves.
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", str(_SCRIPT)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            env=environment,
+            start_new_session=True,  # its own group: killed whole, and Ctrl-C does not reach it
+        )
+        self.requests, self.answers = self.process.stdin.fileno(), self.process.stdout.fileno()
+        os.set_blocking(self.requests, False)
+        os.set_blocking(self.answers, False)
+        try:
+            deadline = time.monotonic() + startup_seconds
+            self._send(settings, deadline)
+            self._send(payload, deadline)
+            state, detail = pickle.loads(self._receive(deadline))
+        except TimeoutError:
+            self.kill()
+            raise Refused(f"it was not loaded within startup_seconds={startup_seconds:g}") from None
+        except (EOFError, OSError):
+            raise Refused(f"its worker ended while loading it ({self.kill()})") from None
+        except BaseException:
+            self.kill()
+            raise
+        if state != "ready":
+            self.kill()
+            raise Refused(f"{detail} (it must be importable, or picklable by cloudpickle)")
+
+    def ask(self, request: bytes, timeout_seconds: float) -> Answer:
+        """The answer to one request; after a TimeoutError, EOFError or OSError the process must be killed."""
+        deadline = time.monotonic() + timeout_seconds
+        self._send(request, deadline)
+        return Answer(*pickle.loads(self._receive(deadline)))
+
+    def interrupt(self) -> None:
+        """Kills the whole process group, so that whoever waits for an answer sees the end of it."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def kill(self) -> str:
+        """Kills the whole process group, closes both pipes, and says in words how the process ended."""
+        self.interrupt()  # before wait(): until the leader is reaped, the group's id is still ours
+        self.process.stdin.close()
+        self.process.stdout.close()
+        code = self.process.wait()
+        return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+
+    def _send(self, data: bytes, deadline: float) -> None:
+        view = memoryview(len(data).to_bytes(8, "big") + data)
+        while view:
+            _wait(self.requests, select.POLLOUT, deadline)
+            with contextlib.suppress(BlockingIOError):
+                view = view[os.write(self.requests, view) :]
+
+    def _receive(self, deadline: float) -> bytes:
+        return self._read(int.from_bytes(self._read(8, deadline), "big"), deadline)
+
+    def _read(self, size: int, deadline: float) -> bytes:
+        data = b""
+        while len(data) < size:
+            _wait(self.answers, select.POLLIN, deadline)
+            with contextlib.suppress(BlockingIOError):
+                piece = os.read(self.answers, size - len(data))
+                if not piece:
+                    raise EOFError
+                data += piece
+        return data
+
+
+def _wait(descriptor: int, event: int, deadline: float) -> None:
+    """Waits until the descriptor can be read or written; raises TimeoutError at the deadline."""
+    poll = select.poll()
+    poll.register(descriptor, event)
+    left = deadline - time.monotonic()
+    if left <= 0 or not poll.poll(left * 1000.0):
+        raise TimeoutError
+
+
+def _kill_all(slots: list[_Process | None], owner: int) -> None:
+    if os.getpid() != owner:
+        return  # a fork of the process that started the workers
+    for number, process in enumerate(slots):
+        slots[number] = None
+        if process is not None:
+            process.kill()
+
+
+class WorkerPool:
+    """Worker processes for some functions: started at the first call; ended by `close`, at exit, or when
+    dropped.
+
+    Args:
+      functions: of (completion, example); sent by cloudpickle, so functions of a notebook cell work.
+      timeout_seconds: limit of one call; loading the functions is not counted.
+      workers: processes. Each runs one call at a time.
+      memory_bytes: limit of a worker's address space; 0 sets none.
+      startup_seconds: limit for starting a process and loading the functions.
+      name: what the functions are called in errors.
+    """
+
+    def __init__(self, functions: Sequence[Callable], *, timeout_seconds: float = 5.0, workers: int = 2,
+                 memory_bytes: int = 0, startup_seconds: float = 60.0, name: str = "reward"):  # fmt: skip
+        self._timeout_seconds = timeout_seconds
+        self._startup_seconds = startup_seconds
+        self._memory_bytes = memory_bytes
+        self._name = name
+        try:
+            self._payload = cloudpickle.dumps(tuple(functions))
+        except Exception as error:
+            raise Refused(f"reward {name!r} cannot be sent to a worker process: {type(error).__name__}: "
+                          f"{error}") from error  # fmt: skip
+        self._slots: list[_Process | None] = [None] * workers
+        self._lock = threading.Lock()
+        self._finalize = weakref.finalize(self, _kill_all, self._slots, os.getpid())  # runs at exit too
+
+    def close(self) -> None:
+        """Ends the worker processes; a later call starts new ones."""
+        _kill_all(self._slots, os.getpid())
+
+    def run(self, calls: Sequence[Call], *, max_failed_rows: int) -> list[Answer]:
+        """Makes the calls, each at most twice, and returns their answers in order.
+
+        A call that failed (not one that returned None) is retried once in a worker that works; one that hangs
+        delays only itself. When more than `max_failed_rows` rows have failed, what is left is NOT_RUN.
+        """
+        with self._lock:
+            return self._run(calls, max_failed_rows)
+
+    def _run(self, calls: Sequence[Call], max_failed_rows: int) -> list[Answer]:
+        answers = [NOT_RUN] * len(calls)
+        todo: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for number in range(len(calls)):
+            todo.put(number)
+        failed_rows: set[int] = set()
+        errors: list[BaseException] = []
+        stop = threading.Event()
+
+        def serve(slot: int) -> None:
+            try:
+                while not stop.is_set():
+                    number = todo.get_nowait()
+                    answers[number] = answer = self._twice(slot, calls[number], stop)
+                    if answer.reason not in ("", "not_applicable"):
+                        failed_rows.add(calls[number].row)
+                        if len(failed_rows) > max_failed_rows:
+                            stop.set()
+            except queue.Empty:
+                pass
+            except BaseException as error:
+                errors.append(error)
+                stop.set()
+
+        slots = range(min(len(self._slots), len(calls)))
+        threads = [threading.Thread(target=serve, args=(slot,), daemon=True) for slot in slots]
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        except BaseException:  # Ctrl-C: what the workers do now is of no use to anybody
+            stop.set()
+            for process in self._slots:
+                if process is not None:
+                    process.interrupt()
+            for thread in threads:
+                if thread.is_alive():
+                    thread.join()
+            raise
+        if errors:
+            self.close()
+            raise errors[0]
+        return answers
+
+    def _twice(self, slot: int, call: Call, stop: threading.Event) -> Answer:
+        try:
+            request = pickle.dumps((call.which, call.completion, dict(call.example)))
+        except Exception as error:
+            raise Refused(f"reward {self._name!r}, row {call.row}: its example cannot be sent to a worker: "
+                          f"{type(error).__name__}: {error}") from error  # fmt: skip
+        answer = self._once(slot, request)
+        if answer.reason in ("", "not_applicable") or stop.is_set():
+            return answer
+        return self._once(slot, request)
+
+    def _once(self, slot: int, request: bytes) -> Answer:
+        process = self._slots[slot]
+        if process is None:
+            settings = pickle.dumps((list(sys.path), self._memory_bytes))
+            try:
+                process = self._slots[slot] = _Process(settings, self._payload, self._startup_seconds)
+            except Refused as error:
+                raise Refused(
+                    f"reward {self._name!r} cannot be loaded in a worker process: {error}"
+                ) from error
+        try:
+            return process.ask(request, self._timeout_seconds)
+        except TimeoutError:
+            answer = Answer({}, "hung", f"it ran past timeout_seconds={self._timeout_seconds:g}")
+            process.kill()
+        except (EOFError, OSError):
+            answer = Answer({}, "died", f"its worker ended: {process.kill()}")
+        self._slots[slot] = None
+        return answer

@@ -1,0 +1,195 @@
+"""Worker processes: what functions do wrong, time limits, retries, restarts, and nothing left behind."""
+
+import gc
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from reward_behaviors import behave, spawn
+
+from mlrl.rewards.workers import Call, WorkerPool
+from mlrl.types import Refused
+
+
+def ask(pool, *completions, answer=2.0, limit=1000):
+    calls = [Call(row, 0, text, {"answer": answer}) for row, text in enumerate(completions)]
+    return pool.run(calls, max_failed_rows=limit)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    pool = WorkerPool([behave], timeout_seconds=0.5, workers=2)
+    yield pool
+    pool.close()
+
+
+@pytest.mark.parametrize(
+    "completion, reward",
+    [("ok", 2.0), ("flood", 2.0), ("read", 0.0), ("numpy", 0.5), ("single", 0.25), ("jax", 0.0)],
+)
+def test_value(completion, reward):
+    pool = WorkerPool([behave], timeout_seconds=5.0, workers=1)
+    assert ask(pool, completion) == [({"reward": reward}, "", "")]
+    pool.close()
+
+
+def test_parts(pool):
+    assert ask(pool, "parts") == [({"reward": 1.0, "style": 0.25}, "", "")]
+
+
+@pytest.mark.parametrize(
+    "completion, reason, detail",
+    [
+        ("raise", "raised", "KeyError: 'no such key'"),
+        ("exit", "raised", "SystemExit: 3"),
+        ("nan", "not_finite", "it returned nan as reward"),
+        ("text", "wrong_type", "must return a number, a mapping of numbers or None, not str '0.5'"),
+        ("list", "wrong_type", "not list [0.5]"),
+        ("unnamed", "wrong_type", "without an entry \"reward\": ['a', 'b']"),
+        ("none", "not_applicable", "it returned None"),
+        ("die", "died", "exit code 3"),
+        ("signal", "died", "killed by signal 11"),
+        ("hang", "hung", "it ran past timeout_seconds=0.5"),
+        ("sleep", "hung", "it ran past timeout_seconds=0.5"),
+    ],
+)
+def test_reason(pool, completion, reason, detail):
+    bad, good = ask(pool, completion, "ok")
+    assert (bad.entries, bad.reason) == ({}, reason) and detail in bad.detail
+    assert good.entries == {"reward": 2.0}  # the worker that failed, or its successor, goes on
+
+
+def test_order_is_that_of_the_rows_and_a_hung_row_delays_only_itself():
+    pool = WorkerPool([lambda completion, example: [time.sleep(60) if completion == "7" else 0, float(completion)][1]],
+                      timeout_seconds=0.5, workers=2)  # fmt: skip
+    ask(pool, "0", "0")  # both processes are up
+    start = time.monotonic()
+    answers = ask(pool, *map(str, range(40)))
+    assert time.monotonic() - start < 2.5  # two tries of 0.5 s, and one restart
+    assert [a.entries.get("reward") for a in answers] == [float(i) if i != 7 else None for i in range(40)]
+    pool.close()
+
+
+def test_one_retry(tmp_path):
+    log = tmp_path / "tries"
+
+    def second_time_lucky(completion, example):
+        with open(log, "a") as file:
+            file.write(completion)
+        tries = log.read_text().count(completion)
+        if completion == "n" or tries < 2:
+            raise OSError("not yet")
+        return tries
+
+    pool = WorkerPool([second_time_lucky], workers=1)
+    lucky, never = ask(pool, "y", "n")
+    assert lucky.entries == {"reward": 2.0} and never.reason == "raised"
+    assert log.read_text() == "yynn"
+    pool.close()
+
+
+def test_stops_early_when_too_many_rows_fail(tmp_path):
+    log = tmp_path / "rows"
+
+    def fails(completion, example):
+        with open(log, "a") as file:
+            file.write(completion)
+        raise OSError
+
+    pool = WorkerPool([fails], workers=1)
+    answers = ask(pool, *"abcdef", limit=1)
+    assert [a.reason for a in answers] == ["raised"] * 2 + ["not_run"] * 4
+    assert log.read_text() == "aabb"
+    pool.close()
+
+
+def test_memory_limit():
+    pool = WorkerPool([lambda completion, example: len(bytearray(2**31))], workers=1, memory_bytes=2**29)
+    (answer,) = ask(pool, "")
+    assert answer.reason == "raised" and "MemoryError" in answer.detail
+    pool.close()
+
+
+def test_a_function_that_cannot_be_loaded_is_refused():
+    class Gone:
+        def __reduce__(self):
+            return __import__, ("no_such_module_anywhere",)
+
+        def __call__(self, completion, example):
+            return 0.0
+
+    with pytest.raises(
+        Refused, match="'mine' cannot be loaded .* ModuleNotFoundError: .*no_such_module_anywhere"
+    ):
+        ask(WorkerPool([Gone()], name="mine"), "x")
+    with pytest.raises(Refused, match="'mine' cannot be sent to a worker process: TypeError"):
+        lock = __import__("threading").Lock()
+        WorkerPool([lambda completion, example: lock], name="mine")
+
+
+def test_an_example_that_cannot_be_sent_is_refused(pool):
+    with pytest.raises(Refused, match="row 0: its example cannot be sent"):
+        ask(pool, "x", answer=lambda: 0)
+
+
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition, seconds=5.0):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return condition()
+
+
+@pytest.mark.parametrize("end", ["close", "drop"])
+def test_nothing_is_left_behind(end):
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    pool = WorkerPool([spawn], timeout_seconds=0.3, workers=2)
+    hung, answer, _ = ask(pool, "hang", "x", "y")
+    assert hung.reason == "hung"
+    processes = [int(answer.entries["child"]), int(answer.entries["worker"])]
+    assert all(map(alive, processes))
+    if end == "close":
+        pool.close()
+    del pool
+    gc.collect()
+    assert wait_until(lambda: not any(map(alive, processes)))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    """A worker in an endless loop notices that the parent was killed: kill -9 runs no clean-up."""
+    code = f"""
+import os, sys
+sys.path[:] = {sys.path!r}
+from reward_behaviors import behave, spawn
+
+from mlrl.rewards.workers import Call, WorkerPool
+def endless(completion, example):
+    open({str(tmp_path / "pid")!r}, "w").write(str(os.getpid()))
+    while True: pass
+WorkerPool([endless], timeout_seconds=100.0, workers=1).run([Call(0, 0, "", {{}})], max_failed_rows=1)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    assert wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), 30.0)
+    worker = int((tmp_path / "pid").read_text())
+    assert alive(worker)
+    parent.kill()
+    parent.wait()
+    assert wait_until(lambda: not alive(worker))
+
+
+def test_works_again_after_close(pool):
+    assert ask(pool, "ok")[0].entries == {"reward": 2.0}
+    pool.close()
+    assert ask(pool, "ok")[0].entries == {"reward": 2.0}
