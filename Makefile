@@ -1,0 +1,52 @@
+# make install | quickstart | test | test-all | bench | lint | report | lock | clean
+# VENV=DIR puts the environment elsewhere; PYTHON=python3.12 makes it with another interpreter.
+
+VENV ?= .venv
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+RUN_DIR ?= runs/quickstart
+PYTEST_FLAGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+
+.PHONY: install quickstart test test-all bench lint report lock clean
+.DEFAULT_GOAL := install
+
+install: $(STAMP)
+
+# An interrupted install leaves no stamp, and the next one goes on from where it was.
+$(STAMP): requirements.lock setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make: mlrl needs Python 3.11 or newer, $(PYTHON) is older: make PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing the versions of requirements.lock into $(VENV) (a few minutes the first time)"
+	@$(PIP) install -r requirements.lock
+	@$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+quickstart: install
+	$(BIN)/mlrl train experiments/quickstart/grpo.gin --run_dir $(RUN_DIR)
+
+test: install
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)
+
+test-all: install
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+bench: install
+	$(BIN)/python -m benchmarks.run
+
+lint: install
+	$(BIN)/ruff check .
+
+report: install
+	$(BIN)/mlrl report $(RUN_DIR)
+
+# Freezes what $(VENV) holds now, after upgrading it by hand.
+lock:
+	@{ sed -n '/^#/p' requirements.lock; $(PIP) freeze --all --exclude-editable | grep -vE '^(pip|wheel|mlrl)=='; } \
+	  > requirements.lock.new && mv requirements.lock.new requirements.lock
+
+clean:
+	rm -rf $(VENV) .jax_cache .pytest_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
