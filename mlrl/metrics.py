@@ -19,24 +19,23 @@ class Interval(NamedTuple):
     high: float
 
 
-def pass_at_k(correct: np.ndarray, samples: np.ndarray | int, *, k: int) -> np.ndarray:
+def pass_at_k(samples: np.ndarray | int, correct: np.ndarray | int, k: int) -> np.ndarray:
     """Unbiased chance that at least one of k samples is right: 1 - C(n - c, k) / C(n, k).
 
     Args:
-        correct: [N] how many of a prompt's samples are right, c.
-        samples: [N] or a number: how many it has, n.
+        samples: how many samples a prompt has, n: a number or [N].
+        correct: how many of them are right, c: a number or [N].
         k: how many are drawn without replacement.
 
     Returns:
-        [N] float64, one estimate per prompt; average them.
+        [N] float64 (or a scalar), one estimate per prompt; average them.
 
     Raises:
         Refused: if a prompt has fewer than k samples, or c is not in [0, n].
 
     Reference: Chen et al. 2021, "Evaluating Large Language Models Trained on Code".
     """
-    c = np.asarray(correct)
-    n = np.broadcast_to(np.asarray(samples), c.shape)
+    n, c = np.broadcast_arrays(samples, correct)
     if k < 1 or (n < k).any():
         raise Refused(f"pass@{k} needs at least {max(k, 1)} samples per prompt, found {n.min() if n.size else 0}")
     if (c < 0).any() or (c > n).any():
