@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import cloudpickle
 
+from mlrl.rewards.knobs import explicit
 from mlrl.types import Refused
 
 _SCRIPT = pathlib.Path(__file__).with_name("worker.py")
@@ -159,10 +160,9 @@ class WorkerPool:
         self._memory_bytes = memory_bytes
         self._name = name
         try:
-            self._payload = cloudpickle.dumps(tuple(functions))
-        except Exception as error:
-            raise Refused(f"reward {name!r} cannot be sent to a worker process: {type(error).__name__}: "
-                          f"{error}") from error  # fmt: skip
+            self._payload = cloudpickle.dumps(tuple(explicit(f) for f in functions))
+        except Refused as error:
+            raise Refused(f"reward {name!r}: {error}") from error
         self._slots: list[_Process | None] = [None] * workers
         self._lock = threading.Lock()
         self._finalize = weakref.finalize(self, _kill_all, self._slots, os.getpid())  # runs at exit too
