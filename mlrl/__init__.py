@@ -1,4 +1,4 @@
-"""mlrl: reinforcement learning for language models, in JAX. The whole public surface, imported on first use."""
+"""mlrl: reinforcement learning for language models, in JAX. The public surface, imported on first use."""
 
 from __future__ import annotations
 

@@ -1,0 +1,84 @@
+"""mlrl as others get it: a wheel that brings its gin library along, and imports that cost nothing until used."""
+
+import importlib
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import mlrl
+
+REPO = pathlib.Path(__file__).resolve().parent.parent
+HEAVY = ("jax", "flax", "tensorflow", "seqio", "orbax", "matplotlib")
+
+
+def python(*arguments, cwd, pythonpath):
+    """Runs this interpreter on `arguments` and returns what it did; the checkout is on no path but `pythonpath`."""
+    environment = {**os.environ, "PYTHONPATH": str(pythonpath), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def checked(done):
+    assert done.returncode == 0, f"{' '.join(done.args)}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A folder outside of the checkout into which mlrl's wheel was installed."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source, wheels, target = folder / "source", folder / "wheels", folder / "site"
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE"):  # a copy: building leaves files behind
+        shutil.copy(REPO / name, source / name)
+    for name in ("mlrl", "gin"):
+        shutil.copytree(REPO / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    pip = ["-m", "pip", "--disable-pip-version-check", "-q"]
+    offline = ["--no-deps", "--no-index"]
+    checked(python(*pip, "wheel", source, *offline, "--no-build-isolation", "-w", wheels, cwd=folder, pythonpath=""))
+    (wheel,) = wheels.glob("mlrl-*.whl")
+    checked(python(*pip, "install", wheel, *offline, "--target", target, cwd=folder, pythonpath=""))
+    return target
+
+
+def test_the_wheel_holds_every_module_and_the_whole_gin_library(installed):
+    modules = {path.relative_to(REPO) for path in (REPO / "mlrl").rglob("*.py")}
+    library = {"mlrl" / path.relative_to(REPO) for path in (REPO / "gin").rglob("*.gin")}
+    assert library
+    assert {path for path in modules | library if not (installed / path).is_file()} == set()
+
+
+def test_the_command_answers_from_another_folder(installed, tmp_path):
+    where = checked(python("-c", "import mlrl; print(mlrl.__file__)", cwd=tmp_path, pythonpath=installed))
+    assert pathlib.Path(where.stdout.strip()).is_relative_to(installed)
+    words = checked(python("-m", "mlrl", "--help", cwd=tmp_path, pythonpath=installed)).stdout
+    assert all(command in words for command in ("train", "eval", "check", "report"))
+
+
+@pytest.mark.parametrize("arguments", [("-c", "import mlrl; mlrl.__version__, dir(mlrl)"), ("-m", "mlrl", "--help")])
+def test_nothing_heavy_is_imported_before_it_is_needed(arguments, tmp_path):
+    done = checked(python("-X", "importtime", *arguments, cwd=tmp_path, pythonpath=REPO))
+    imported = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert "mlrl" in imported and imported.isdisjoint(HEAVY)
+
+
+def test_the_folder_gin_of_the_checkout_does_not_hide_gin_config():
+    words = checked(python("-c", "import gin; print(gin.parse_config.__module__)", cwd=REPO, pythonpath=REPO)).stdout
+    assert words.strip() == "gin.config"
+
+
+@pytest.mark.parametrize("name", [name for name in mlrl.__all__ if name != "__version__"])
+def test_every_public_name_is_there(name):
+    assert getattr(mlrl, name).__module__.startswith("mlrl.")
+    assert name in dir(mlrl)
+
+
+def test_modules_are_found_by_name_and_strangers_are_not():
+    assert mlrl.reductions is importlib.import_module("mlrl.reductions")
+    assert {"reductions", "losses", "types"} <= set(dir(mlrl))
+    with pytest.raises(AttributeError, match="no attribute 'reduction'"):
+        mlrl.reduction  # noqa: B018
