@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -45,17 +44,24 @@ class Evaluation:
         return step in (0, last_step) or (self.every_steps > 0 and step % self.every_steps == 0)
 
 
-Evaluator = Callable[[Params, int, int], Results]
+class Evaluator(NamedTuple):
+    """(params, step, last_step) -> results of what is due; `due` says whether anything is."""
+
+    evaluate: Callable[[Params, int, int], Results]
+    due: Callable[[int, int], bool]
+
+    def __call__(self, params: Params, step: int, last_step: int) -> Results:
+        return self.evaluate(params, step, last_step)
 
 
 def evaluator(evaluations: Sequence[Evaluation], model: Transformer, rollout_fn: RolloutFn) -> Evaluator:
-    """(params, step, last_step) -> results of the evaluations that are due; samplers are compiled once."""
+    """Binds evaluations to a model; samplers are compiled at their first use, and once."""
     measures = [(evaluation, _measure(evaluation, model, rollout_fn)) for evaluation in evaluations]
 
     def evaluate(params: Params, step: int, last_step: int) -> Results:
         return {e.task.name: measure(params) for e, measure in measures if e.due(step, last_step)}
 
-    return evaluate
+    return Evaluator(evaluate, lambda step, last: any(e.due(step, last) for e in evaluations))
 
 
 def _measure(evaluation: Evaluation, model: Transformer, rollout_fn: RolloutFn) -> Callable[[Params], Mapping]:
@@ -105,18 +111,10 @@ def _sampled_results(correct: np.ndarray, answers: np.ndarray) -> dict[str, dict
     results = {f"mean@{k}": _interval(np.nanmean(correct, axis=1))}
     j = 1
     while j <= k:
-        results[f"pass@{j}"] = _interval(np.asarray([metrics.pass_at_k(k, int(row.sum()), j) for row in right]))
+        results[f"pass@{j}"] = _interval(metrics.pass_at_k(right.sum(axis=1), k, k=j))
         j *= 2
-    votes = [_majority(a, r) for a, r in zip(answers, right)]
+    votes = [metrics.majority_correct(list(a), list(r)) for a, r in zip(answers, right)]
     return results | {f"maj@{k}": _interval(np.asarray(votes, float))}
-
-
-def _majority(answers: Sequence[Any], right: Sequence[bool]) -> float:
-    """Share of the most frequent answers that are right: ties are broken at random, in expectation."""
-    counts = collections.Counter(answers)
-    most = max(counts.values())
-    verdicts = {answer: float(ok) for answer, ok in zip(answers, right) if counts[answer] == most}
-    return sum(verdicts.values()) / len(verdicts)
 
 
 def _interval(x: np.ndarray) -> dict[str, float]:

@@ -25,32 +25,39 @@ def compilations() -> int:
     return _compilations
 
 
+def row_metrics(batch: Batch) -> Metrics:
+    """Lengths of the rows' actions in tokens, their sum, and the share of columns that hold no token."""
+    rollout = batch.rollout
+    lengths = jnp.sum(rollout.action_mask, axis=1).astype(jnp.float32)
+    return {
+        "length/mean": jnp.mean(lengths),
+        "length/max": jnp.max(lengths),
+        "tokens": jnp.sum(lengths),
+        "padding_share": 1.0 - jnp.mean(rollout.valid.astype(jnp.float32)),
+    }
+
+
 def step_metrics(batch: Batch) -> Metrics:
     """Means over the rows of a step: rewards and their parts, lengths in tokens, and shares of rows.
 
     Unscored rows are in `unscored_share` and in no mean of rewards. `zero_spread_share` is the share of rows whose
     group's unshaped outcomes are all equal: they teach a group baseline nothing. `kept_share` is the share of scored
-    rows that the selection kept. `padding_share` is the share of the update's columns that hold no token.
+    rows that the selection kept.
     """
     rollout, rewards = batch.rollout, batch.rewards
     scored = rewards.scored.astype(jnp.float32)
     mean = lambda x: jnp.sum(jnp.where(rewards.scored, x, 0.0)) / jnp.maximum(jnp.sum(scored), 1.0)  # noqa: E731
     share = lambda x: jnp.mean(x.astype(jnp.float32))  # noqa: E731
-    lengths = jnp.sum(rollout.action_mask, axis=1)
     kept = jnp.any(batch.mask, axis=1)
-    metrics = {
+    metrics = row_metrics(batch) | {
         "reward": mean(jnp.sum(rewards.tokens, axis=1)),
         "accuracy": mean(rewards.outcome),
-        "length/mean": jnp.mean(lengths.astype(jnp.float32)),
-        "length/max": jnp.max(lengths).astype(jnp.float32),
         "truncated_share": share(rollout.truncated),
         "unscored_share": 1.0 - share(rewards.scored),
         "zero_spread_share": share(zero_spread(rewards.outcome, rollout.group, rewards.scored)),
         "kept_share": jnp.sum(kept) / jnp.maximum(jnp.sum(scored), 1.0),
-        "padding_share": 1.0 - share(rollout.valid),
-        "tokens": jnp.sum(lengths).astype(jnp.float32),
     }
     for name, part in rewards.parts.items():
-        value = share(part) if name.startswith("unscored/") else mean(part)
-        metrics[name if name.startswith("unscored/") else f"reward/{name}"] = value
+        is_share = name.startswith("unscored/")
+        metrics[name if is_share else f"reward/{name}"] = share(part) if is_share else mean(part)
     return metrics

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -13,8 +14,8 @@ import jax
 import numpy as np
 
 from mlrl import checkpoints, monitoring, writers
-from mlrl.evaluation import Evaluator
-from mlrl.types import Batch, Metrics, Prompts, Refused, Task, TrainState
+from mlrl.evaluation import Evaluator, Results
+from mlrl.types import Batch, Metrics, Task, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,3 +37,159 @@ class Recording:
     samples_rows: int = 8
     max_bad_updates: int = 5
     wandb: bool = False
+
+
+class Stopped(RuntimeError):
+    """A run that cannot go on, in one line that says why and what was kept."""
+
+
+class Run:
+    """One run's folder while a loop works in it: restores, logs, evaluates and saves."""
+
+    def __init__(self, folder: str | pathlib.Path, recording: Recording, *, title: str = "train"):
+        self.folder = pathlib.Path(folder)
+        self.recording = recording
+        self._title = title
+        self._checkpoints = checkpoints.open_manager(
+            self.folder / "checkpoints",
+            keep_last=recording.keep_last,
+            keep_best=recording.keep_best,
+            best_metric=recording.best_metric,
+        )
+        self._phases: dict[str, float] = {}
+        self._waiting: tuple[int, Metrics, Batch] | None = None
+        self._closers = contextlib.ExitStack()
+
+    def __enter__(self) -> Run:
+        self._closers.callback(checkpoints.close, self._checkpoints)
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        with self._closers:
+            if kind is None:
+                self._flush()
+
+    def restore_or(self, abstract: TrainState, make: Callable[[], TrainState], sharding: Any) -> TrainState:
+        """The last complete checkpoint, every leaf placed by `sharding`; without one, a fresh state."""
+        if checkpoints.latest_step(self.folder / "checkpoints") is None:
+            return jax.device_put(make(), sharding)
+        placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
+        return checkpoints.restore(self._checkpoints, placed)
+
+    def begin(self, task: Task, num_steps: int, evaluate: Evaluator, state: TrainState) -> None:
+        """Opens the logs at the state's step; before the first step, evaluates and saves."""
+        self._task, self._num_steps, self._evaluate = task, num_steps, evaluate
+        step = int(state.step)
+        self._writers = writers.open_writers(self.folder, wandb=self.recording.wandb, resume_step=step)
+        self._closers.callback(self._writers.close)
+        self._bar = writers.progress_bar(num_steps, first_step=step, title=self._title)
+        self._closers.callback(self._bar.close)
+        if step == 0:
+            self._writers.write(0, _flat(self._evaluated(state, 0)))
+            self.save(state)
+        self._clock = time.perf_counter()
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Times a phase of the step; logged as seconds/<name>."""
+        start = time.perf_counter()
+        yield
+        self._phases[name] = self._phases.get(name, 0.0) + time.perf_counter() - start
+
+    def save(self, state: TrainState, results: Results | None = None) -> None:
+        """Writes a checkpoint of the state, asynchronously."""
+        if self.recording.save_every_steps:
+            checkpoints.save(self._checkpoints, int(state.step), state, _flat(results or {}))
+
+    def record(self, state: TrainState, step: int, metrics: Metrics, batch: Batch) -> Results:
+        """Logs a step; evaluates, writes samples and saves when they are due. Returns the evaluations.
+
+        Metrics are fetched one step late, so that the host prepares a step while the device still works on the last.
+        """
+        self._flush()
+        self._waiting = (step, metrics | {"bad_updates": state.bad_updates + 0}, batch)
+        every, last = self.recording, step == self._num_steps
+        if every.samples_every_steps and (last or step % every.samples_every_steps == 0):
+            self._writers.write_samples(sample_rows(batch, self._task, step, every.samples_rows))
+        save = last or (every.save_every_steps > 0 and step % every.save_every_steps == 0)
+        results = self._flush(state) if save or self._evaluate.due(step, self._num_steps) else {}
+        if save:
+            self.save(state, results)
+        return results
+
+    def _flush(self, state: TrainState | None = None) -> Results:
+        """Writes the step that waits; with its state given, evaluates it first if that is due."""
+        if self._waiting is None:
+            return {}
+        (step, metrics, batch), self._waiting = self._waiting, None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        seconds = time.perf_counter() - self._clock
+        values |= {f"seconds/{name}": spent for name, spent in self._phases.items()}
+        values |= {"seconds/step": seconds, "compilations": monitoring.compilations()}
+        values["tokens_per_second"] = values["tokens"] / seconds
+        self._phases = {}
+        results = self._evaluated(state, step) if state is not None else {}
+        self._writers.write(step, values | _flat(results))
+        self._bar.update(step, values | _flat(results))
+        if values["bad_updates"] >= self.recording.max_bad_updates:
+            self._stop(step, batch, int(values["bad_updates"]))
+        self._clock = time.perf_counter()
+        return results
+
+    def _evaluated(self, state: TrainState, step: int) -> Results:
+        if not self._evaluate.due(step, self._num_steps):
+            return {}
+        results = self._evaluate(state.params, step, self._num_steps)
+        write_results(self.folder, step, results)
+        return results
+
+    def _stop(self, step: int, batch: Batch, count: int) -> None:
+        dump = self.folder / f"bad_batch_{step}.npz"
+        leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(batch))
+        np.savez(dump, **{jax.tree_util.keystr(path).strip("."): leaf for path, leaf in leaves})
+        raise Stopped(
+            f"the loss or its gradient was not finite in {count} updates in a row, up to step {step}: the batch is in "
+            f"{dump}, the parameters of the last good update are in {self.folder / 'checkpoints'}"
+        )
+
+
+def _flat(results: Results) -> dict[str, float]:
+    return {f"eval/{task}/{name}": r["value"] for task, found in results.items() for name, r in found.items()}
+
+
+def sample_rows(batch: Batch, task: Task, step: int, rows: int) -> list[dict[str, Any]]:
+    """The first rows of a step as plain Python: what the model saw, said and earned, token by token."""
+    batch = jax.device_get(jax.tree.map(lambda x: x[:rows], batch))
+    samples = []
+    for b in range(batch.mask.shape[0]):
+        row = jax.tree.map(lambda x: x[b], batch)
+        said = row.rollout.action_mask
+        seen = row.rollout.valid & ~said
+        samples.append({
+            "step": step,
+            "group": int(row.rollout.group),
+            "prompt": task.vocabulary.decode(row.rollout.tokens[seen]),
+            "completion": task.vocabulary.decode(row.rollout.tokens[said]),
+            "tokens": [task.vocabulary.decode([token]) for token in row.rollout.tokens[said]],
+            "log_probs": _plain(row.rollout.behavior_log_probs[said]),
+            "advantages": _plain(row.advantages[said]),
+            "reward": float(row.rewards.tokens.sum()),
+            "outcome": float(row.rewards.outcome),
+            "scored": bool(row.rewards.scored),
+            "truncated": bool(row.rollout.truncated),
+            "parts": {name: float(part) for name, part in row.rewards.parts.items()},
+        })  # fmt: skip
+    return samples
+
+
+def _plain(x: np.ndarray) -> list[float]:
+    return [round(float(v), 5) for v in x]
+
+
+def write_results(folder: pathlib.Path, step: int, results: Results) -> None:
+    """Adds evaluations to results.json, in the place of those of the same or of later steps."""
+    path = folder / "results.json"
+    known = json.loads(path.read_text())["evaluations"] if path.is_file() else []
+    known = [entry for entry in known if entry["step"] < step]
+    known += [{"step": step, "task": task, "metrics": found} for task, found in results.items()]
+    writers.write_atomically(path, json.dumps({"evaluations": known}, indent=1))

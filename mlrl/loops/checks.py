@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,10 @@ import jax.numpy as jnp
 
 from mlrl import prompts as prompts_lib
 from mlrl import scoring
+from mlrl.evaluation import Evaluation
 from mlrl.models.transformer import Config, Transformer
+from mlrl.rewards.lifting import lift
+from mlrl.sampling import Sampling
 from mlrl.types import Batch, LossFn, Models, Refused, RewardFn, Scores, Task, Vocabulary
 from mlrl.updates import check_division, fields_read, total_loss
 
@@ -25,16 +29,16 @@ def model_for(config: Config, vocabulary: Vocabulary) -> Transformer:
     return Transformer(dataclasses.replace(config, vocabulary_size=size))
 
 
-def rows_divide(experiment: Any) -> None:
-    """Rows divide into minibatches, micro-batches and devices."""
-    n, g = experiment.prompts_per_step, experiment.group_size
-    for name in ("prompts_per_step", "group_size", "num_steps", "minibatches", "epochs"):
-        if getattr(experiment, name) < 1:
+def rows_divide(experiment: Any, rows: int) -> None:
+    """The rows of a step divide into minibatches, micro-batches and devices."""
+    for name in ("num_steps", "minibatches", "epochs", "prompts_per_step", "rows_per_step", "group_size"):
+        if getattr(experiment, name, 1) < 1:
             raise Refused(f"Experiment.{name} must be at least 1, got {getattr(experiment, name)}")
-    check_division(n * g, experiment.minibatches, experiment.micro_batch_rows)
+    check_division(rows, experiment.minibatches, experiment.micro_batch_rows)
     devices = experiment.mesh().size
-    if n % devices:
-        raise Refused(f"prompts_per_step = {n} does not divide over {devices} devices: change prompts_per_step or "
+    per_step = getattr(experiment, "prompts_per_step", rows)
+    if per_step % devices:
+        raise Refused(f"{per_step} prompts or rows a step do not divide over {devices} devices: change the number or "
                       "data_mesh.devices")  # fmt: skip
 
 
@@ -49,18 +53,31 @@ def what_is_read(losses: Sequence[LossFn], of_batch: Sequence[Callable[[Batch], 
     return {name.replace("['", ".").replace("']", "") for name in reads}
 
 
-def compatible(experiment: Any, reads: set[str]) -> None:
-    """Parts that cannot work together are refused, with the reason."""
-    if {"Scores.values", "Batch.values"} & reads and not experiment.model.value_head:
+def compatible(config: Config, reads: set[str] | frozenset[str]) -> None:
+    """A loss or advantage that reads values needs a model that has them."""
+    if {"Scores.values", "Batch.values"} & reads and not config.value_head:
         raise Refused("a loss or the advantage reads values, but the model has no value head: set "
                       "Config.value_head = True or choose an advantage without values")  # fmt: skip
-    by_sampler = experiment.old_log_probs is scoring.sampler_log_probs
-    if experiment.sampling.filtered and by_sampler and "Batch.old_log_probs" in reads:
+
+
+def sampling_fits(sampling: Sampling, old_log_probs: Callable, reads: set[str] | frozenset[str]) -> None:
+    """Importance ratios need one distribution in numerator and denominator, and a group needs randomness."""
+    recorded = inspect.unwrap(old_log_probs) is scoring.sampler_log_probs
+    if sampling.filtered and recorded and "Batch.old_log_probs" in reads:
         raise Refused("importance ratios under top-k or top-p would compare two different distributions: set "
                       "Sampling.top_k = 0 and top_p = 1.0, or Experiment.old_log_probs = "
                       "@scoring.recomputed_log_probs")  # fmt: skip
-    if experiment.sampling.temperature == 0.0:
-        raise Refused("Sampling.temperature is 0.0 (greedy): every completion of a group would be the same; set it above 0")
+    if sampling.temperature == 0.0:
+        raise Refused("Sampling.temperature is 0.0 (greedy), so all completions of a group are the same: set it above 0")
+
+
+def evaluations_work(evaluations: Sequence[Evaluation]) -> None:
+    """Tries the reward of every evaluation on real prompts."""
+    names = [evaluation.task.name for evaluation in evaluations]
+    if len(set(names)) < len(names):
+        raise Refused(f"two evaluations have tasks of the same name, and results go by name: {sorted(names)}")
+    for evaluation in evaluations:
+        rewards_work(lift(evaluation.reward_fn), evaluation.task)
 
 
 def rewards_work(reward: RewardFn, task: Task, *, rows: int = 2) -> None:

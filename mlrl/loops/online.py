@@ -111,24 +111,29 @@ def train(experiment: Experiment, run: runs.Run) -> TrainState:
         state = run.restore_or(abstract_state(parts), lambda: initial_state(parts), meshes.replicated(mesh))
         evaluate = evaluator(experiment.evaluations, parts.model, experiment.rollout_fn)
         next_prompts, take_step = prompt_source(parts), step_function(parts, run)
-        run.begin(experiment.num_steps, evaluate, state)
+        run.begin(experiment.task, experiment.num_steps, evaluate, state)
         for step in range(int(state.step), experiment.num_steps):
             prompts = next_prompts(state, step)
             state, metrics, batch = take_step(state, prompts)
-            run.record(state, step + 1, metrics, batch, prompts)
+            run.record(state, step + 1, metrics, batch)
     return state
 
 
 def prepare(experiment: Experiment) -> Parts:
     """Everything about an experiment that can be checked before compiling is checked here. Raises Refused."""
     model = checks.model_for(experiment.model, experiment.task.vocabulary)
-    checks.rows_divide(experiment)
+    checks.rows_divide(experiment, experiment.prompts_per_step * experiment.group_size)
     parts = Parts(experiment, model, lift(experiment.reward_fn), frozenset())
-    batch = jax.eval_shape(lambda: unannotated(*_abstract_rows(parts)))
-    reads = checks.what_is_read(experiment.losses, (experiment.advantage_fn, experiment.select_fn), batch)
-    checks.compatible(experiment, reads)
     checks.rewards_work(parts.reward, experiment.task)
-    return dataclasses.replace(parts, reads=frozenset(reads))
+    checks.evaluations_work(experiment.evaluations)
+    prompts, rollout, rewards = _abstract_step(parts)
+    batch = jax.eval_shape(unannotated, rollout, rewards)
+    reads = checks.what_is_read(experiment.losses, (experiment.advantage_fn, experiment.select_fn), batch)
+    parts = dataclasses.replace(parts, reads=frozenset(reads))
+    checks.compatible(experiment.model, reads)
+    checks.sampling_fits(experiment.sampling, experiment.old_log_probs, reads)
+    jax.eval_shape(functools.partial(learn, parts), abstract_state(parts), prompts, rollout, rewards)
+    return parts
 
 
 def prompt_source(parts: Parts) -> Callable[[TrainState, int], Prompts]:
@@ -266,14 +271,14 @@ def state_from(parts: Parts, params: Params) -> TrainState:
     )  # fmt: skip
 
 
-def _abstract_rows(parts: Parts) -> tuple[Rollout, Rewards]:
-    """Zero rows of the shapes a step has, for tracing."""
+def _abstract_step(parts: Parts) -> tuple[Prompts, Rollout, Rewards]:
+    """Shapes and dtypes of a step's prompts, rows and rewards."""
     experiment = parts.experiment
-    prompts = prompts_lib.draw(experiment.task, jax.random.key(0), 0, experiment.prompts_per_step,
-                               jnp.asarray(experiment.task.rates))  # fmt: skip
-    state = abstract_state(parts)
-    rollout = jax.eval_shape(functools.partial(sample_rows, parts), state, prompts)
+    weights = jnp.asarray(experiment.task.rates, jnp.float32)
+    prompts = prompts_lib.draw(experiment.task, jax.random.key(0), 0, experiment.prompts_per_step, weights)
+    rollout = jax.eval_shape(functools.partial(sample_rows, parts), abstract_state(parts), prompts)
     b, length = rollout.tokens.shape
-    parts_of_reward = {name: jnp.zeros((b,)) for name in parts.reward.names}
-    rewards = Rewards(jnp.zeros((b, length)), jnp.zeros((b,)), jnp.ones((b,), bool), parts_of_reward)
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), rollout), rewards
+    number = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+    rewards = Rewards(tokens=number(b, length), outcome=number(b), scored=jax.ShapeDtypeStruct((b,), bool),
+                      parts={name: number(b) for name in parts.reward.names})  # fmt: skip
+    return prompts, rollout, rewards

@@ -1,0 +1,185 @@
+"""The offline loop: stored rows -> annotate -> update. Supervised learning is this loop with a next-token loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mlrl import meshes, optimizers, prompts, reductions, runs, scoring
+from mlrl.evaluation import Evaluation, Results, evaluator
+from mlrl.loops import checks
+from mlrl.loops.start import random_parameters
+from mlrl.losses.supervised import next_token
+from mlrl.models.transformer import Config, Transformer
+from mlrl.monitoring import row_metrics
+from mlrl.rollouts.single_turn import single_turn
+from mlrl.types import Array, Batch, LossFn, Metrics, Params, ReductionFn, Rollout, RolloutFn, Task, TrainState
+from mlrl.updates import unannotated, update
+
+
+def never(results: Results) -> bool:
+    """Runs to the last step."""
+    del results
+    return False
+
+
+def at_accuracy(results: Results, *, accuracy: float) -> bool:
+    """Stops once the greedy accuracy of every evaluation has reached `accuracy`."""
+    return bool(results) and all(found["greedy"]["value"] >= accuracy for found in results.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What an offline run is made of. Every field is a function, a number, or a noun.
+
+    A step is `rows_per_step` stored rows, learned from in `minibatches` optimizer steps.
+
+    task         where the rows come from
+    rows_fn      (task, key, step, rows, weights) -> Rollout: by default the task's demonstrations
+    losses       functions of (Scores, Batch), summed
+    stop         results of an evaluation -> whether that is enough
+    rollout_fn   how the evaluations sample
+    """
+
+    task: Task
+    num_steps: int
+    losses: tuple[LossFn, ...] = (next_token,)
+    rows_fn: Callable[..., Rollout] = prompts.demonstrations
+    model: Config = Config()
+    rows_per_step: int = 64
+    reduction: ReductionFn = reductions.token_mean
+    optimizer: optax.GradientTransformation = optimizers.adamw()
+    minibatches: int = 1
+    epochs: int = 1
+    micro_batch_rows: int = 0
+    score_chunk_columns: int = 0
+    start: Callable[[Transformer, Array], Params] = random_parameters
+    stop: Callable[[Results], bool] = never
+    evaluations: tuple[Evaluation, ...] = ()
+    rollout_fn: RolloutFn = single_turn
+    mesh: Callable[[], jax.sharding.Mesh] = meshes.data_mesh
+    recording: runs.Recording = runs.Recording()
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """An experiment closed over its model and checked. Nothing is compiled yet."""
+
+    experiment: Experiment
+    model: Transformer
+    reads: frozenset[str]
+
+
+def train(experiment: Experiment, run: runs.Run) -> TrainState:
+    """Runs `experiment` in the folder of `run`, from its last checkpoint if it holds one. Returns the last state."""
+    parts = prepare(experiment)
+    with meshes.use(experiment.mesh()) as mesh:
+        state = run.restore_or(abstract_state(parts), lambda: initial_state(parts), meshes.replicated(mesh))
+        evaluate = evaluator(experiment.evaluations, parts.model, experiment.rollout_fn)
+        next_rows, take_step = row_source(parts), jax.jit(functools.partial(learn, parts), donate_argnums=0)
+        run.begin(experiment.task, experiment.num_steps, evaluate, state)
+        for step in range(int(state.step), experiment.num_steps):
+            state, metrics, batch = take_step(state, next_rows(state, step))
+            if experiment.stop(run.record(state, step + 1, metrics, batch)):
+                run.save(state)
+                break
+    return state
+
+
+def prepare(experiment: Experiment) -> Parts:
+    """Everything about an experiment that can be checked before compiling is checked here. Raises Refused."""
+    model = checks.model_for(experiment.model, experiment.task.vocabulary)
+    checks.rows_divide(experiment, experiment.rows_per_step)
+    parts = Parts(experiment, model, frozenset())
+    batch = jax.eval_shape(lambda: unannotated(_rows(parts, jax.random.key(0), 0)))
+    parts = dataclasses.replace(parts, reads=frozenset(checks.what_is_read(experiment.losses, (), batch)))
+    checks.compatible(experiment.model, parts.reads)
+    checks.evaluations_work(experiment.evaluations)
+    jax.eval_shape(functools.partial(learn, parts), abstract_state(parts), batch.rollout)
+    return parts
+
+
+def row_source(parts: Parts) -> Callable[[TrainState, int], Rollout]:
+    """(state, step) -> the step's rows, a pure function of the run's key and the step."""
+    rows = functools.partial(_rows, parts)
+    if parts.experiment.task.in_graph:
+        rows = jax.jit(rows)
+    return lambda state, step: rows(state.key, step)
+
+
+def _rows(parts: Parts, key: Array, step: Array | int) -> Rollout:
+    task = parts.experiment.task
+    return parts.experiment.rows_fn(task, key, step, parts.experiment.rows_per_step, jnp.asarray(task.rates))
+
+
+def learn(parts: Parts, state: TrainState, rollout: Rollout) -> tuple[TrainState, Metrics, Batch]:
+    """Annotate the rows and update: the state of the next step, metrics, and the rows."""
+    experiment = parts.experiment
+    batch = annotate(parts, state, unannotated(meshes.split_rows(rollout)))
+    state, metrics = update(
+        state, batch, jax.random.fold_in(state.key, state.step),
+        score_fn=functools.partial(score, parts), losses=experiment.losses, reduction=experiment.reduction,
+        optimizer=experiment.optimizer, minibatches=experiment.minibatches, epochs=experiment.epochs,
+        micro_batch_rows=experiment.micro_batch_rows,
+    )  # fmt: skip
+    return state.replace(step=state.step + 1), metrics | row_metrics(batch), batch
+
+
+def annotate(parts: Parts, state: TrainState, batch: Batch) -> Batch:
+    """Adds the reference's log-probs, if anything reads them."""
+    if "Batch.reference_log_probs" in parts.reads:
+        batch = batch.replace(reference_log_probs=score(parts, state.reference, batch.rollout).log_probs)
+    return jax.lax.stop_gradient(batch)
+
+
+def score(parts: Parts, params: Params, rollout: Rollout) -> Any:
+    """The learner's forward pass, at temperature 1."""
+    return scoring.score(parts.model, params, rollout, chunk_columns=parts.experiment.score_chunk_columns)
+
+
+def initial_state(parts: Parts) -> TrainState:
+    """The state before the first step."""
+    return state_from(parts, parts.experiment.start(parts.model, jax.random.key(parts.experiment.seed)))
+
+
+def abstract_state(parts: Parts) -> TrainState:
+    """Shapes and dtypes of the state, without computing any of it."""
+    return jax.eval_shape(lambda key: state_from(parts, random_parameters(parts.model, key)), jax.random.key(0))
+
+
+def state_from(parts: Parts, params: Params) -> TrainState:
+    """The state of step 0 around the first parameters."""
+    reference = params if "Batch.reference_log_probs" in parts.reads else ()
+    return TrainState(
+        step=jnp.int32(0), key=jax.random.key(parts.experiment.seed), params=params,
+        opt_state=parts.experiment.optimizer.init(params), reference=jax.tree.map(jnp.copy, reference),
+        curriculum=(), reward=(), controllers={}, bad_updates=jnp.int32(0),
+    )  # fmt: skip
+
+
+def warm_start(*, experiment: Experiment) -> Callable[[Transformer, Array], Params]:
+    """A start for another experiment: the parameters that this offline experiment ends with.
+
+    Its own model and seed are replaced by those it is asked for. What it learned is kept in the other run's first
+    checkpoint, and its own logs are not.
+    """
+    prepare(experiment)
+
+    def start(model: Transformer, key: Array) -> Params:
+        seed = int(jax.random.bits(key) & 0x7FFFFFFF)
+        ours = dataclasses.replace(
+            experiment, model=model.config, seed=seed,
+            recording=runs.Recording(save_every_steps=0, samples_every_steps=0),
+        )  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder, runs.Run(folder, ours.recording, title="warm start") as run:
+            return train(ours, run).params
+
+    return start
