@@ -127,8 +127,10 @@ def test_with_models(jit):
 
 @pytest.mark.parametrize("jit", [False, True])
 def test_stateful(jit):
-    reward = stateful(lambda: jnp.zeros((), jnp.int32), lambda state, rollout, prompts: (state + jnp.zeros(3), state + 1),
-                      name="steps")  # fmt: skip
+    def steps(state, rollout, prompts):
+        return state + jnp.zeros(3), state + 1
+
+    reward = stateful(lambda: jnp.zeros((), jnp.int32), steps)
     update, state = update_of(reward, jit), reward.init()
     for step in range(3):
         rewards, state = update(state, rollout_of(TEXTS), prompts_of(3))

@@ -1,0 +1,74 @@
+"""Shipped rewards that run in the graph: verifiers of made-up puzzles, lengths, and the random control."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from mlrl.rewards.lifting import stateful
+from mlrl.types import Array, Prompts, Refused, RewardFn, Rollout
+
+
+def arithmetic(rollout: Rollout, prompts: Prompts) -> Array:
+    """1 if the completion is the example's answer, token for token, and then stops; else 0. [B] float32."""
+    from mlrl.tasks import puzzles  # where it is needed: tasks may bring a data pipeline with them
+
+    return jnp.asarray(puzzles.arithmetic_verifier(rollout, prompts), jnp.float32)
+
+
+def countdown(rollout: Rollout, prompts: Prompts) -> Array:
+    """1 if the completion is an expression over the given numbers that makes the target; else 0. [B] float32."""
+    from mlrl.tasks import puzzles
+
+    return jnp.asarray(puzzles.countdown_verifier(rollout, prompts), jnp.float32)
+
+
+def length_tokens(rollout: Rollout, prompts: Prompts) -> Array:
+    """How many tokens the policy chose in the row, the EOS included. [B] float32."""
+    return rollout.action_mask.sum(axis=1).astype(jnp.float32)
+
+
+def overlong(rollout: Rollout, prompts: Prompts, *, max_tokens: int, buffer_tokens: int) -> Array:
+    """The soft penalty of long completions: 0 up to max - buffer, falling linearly to -1 at max, and -1
+    beyond.
+
+        penalty = clip((max_tokens - buffer_tokens - length) / buffer_tokens, -1, 0)
+
+    Args:
+      max_tokens: length at which the penalty is full; usually the most that is sampled, or a little less.
+      buffer_tokens: width of the slope.
+    Returns:
+      [B] float32 in [-1, 0]; a part of a weighted sum, whose outcome another part gives.
+    Raises:
+      Refused: unless 0 < buffer_tokens <= max_tokens.
+    Reference: Yu et al. (2025), DAPO, equation 13.
+    """
+    if not 0 < buffer_tokens <= max_tokens:
+        raise Refused(f"overlong needs 0 < buffer_tokens <= max_tokens, got buffer_tokens={buffer_tokens}, "
+                      f"max_tokens={max_tokens}")  # fmt: skip
+    free = max_tokens - buffer_tokens
+    return jnp.clip((free - length_tokens(rollout, prompts)) / buffer_tokens, -1.0, 0.0)
+
+
+def truncated_penalty(rollout: Rollout, prompts: Prompts) -> Array:
+    """-1 for a row that ended because it was full, not because the policy stopped; else 0. [B] float32."""
+    return -jnp.asarray(rollout.truncated, jnp.float32)
+
+
+def random(*, seed: int = 0, rate: float = 0.5) -> RewardFn:
+    """The control: 1 with probability `rate` and 0 otherwise, whatever the completion says.
+
+    Its state counts the calls, and call number c draws from the key folded with c: deterministic, and a
+    resumed run goes on where it was.
+
+    Raises:
+      Refused: rate outside [0, 1].
+    """
+    if not 0 <= rate <= 1:
+        raise Refused(f"random: rate must lie in [0, 1], got {rate}")
+
+    def draw(calls: Array, rollout: Rollout, prompts: Prompts) -> tuple[Array, Array]:
+        key = jax.random.fold_in(jax.random.key(seed), calls)
+        return jax.random.bernoulli(key, rate, rollout.tokens.shape[:1]).astype(jnp.float32), calls + 1
+
+    return stateful(lambda: jnp.zeros((), jnp.int32), draw, name="random")
