@@ -25,7 +25,7 @@ $(STAMP): requirements.lock setup.py
 	@touch $@
 
 quickstart: install
-	$(BIN)/mlrl train experiments/quickstart/grpo.gin --run_dir $(RUN_DIR)
+	$(BIN)/mlrl train experiments/quickstart/grpo.gin --run_dir $(RUN_DIR) --report
 
 test: install
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)
@@ -48,5 +48,5 @@ lock:
 	  > requirements.lock.new && mv requirements.lock.new requirements.lock
 
 clean:
-	rm -rf $(VENV) .jax_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .jax_cache .pytest_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
