@@ -43,16 +43,20 @@ def explicit(f: Callable[..., Any]) -> Callable[..., Any]:
         inner = inner.__wrapped__
     code = getattr(inner, "__code__", None)
     if inner is f or code is None or code.co_freevars or not _importable(inner):
-        raise Refused(
-            f"it cannot be sent to a worker process: {type(failure).__name__}: {failure}"
-        ) from failure
+        raise _cannot_be_sent(failure) from failure
     inner.__code__ = _report.__code__
     try:
         arguments, knobs = f()
+    except Exception as error:  # a wrapper that does more than add keyword arguments
+        raise _cannot_be_sent(error) from failure
     finally:
         inner.__code__ = code
     knobs = {name: explicit(value) if callable(value) else value for name, value in knobs.items()}
     return functools.partial(inner, *arguments, **knobs)
+
+
+def _cannot_be_sent(error: Exception) -> Refused:
+    return Refused(f"it cannot be sent to a worker process: {type(error).__name__}: {error}")
 
 
 def _report(*arguments, **knobs):

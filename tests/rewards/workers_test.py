@@ -5,6 +5,7 @@ import gc
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -128,8 +129,19 @@ def test_a_function_that_cannot_be_loaded_is_refused():
     with pytest.raises(Refused, match="'mine' cannot be loaded .* ModuleNotFoundError: .*no_such_module"):
         ask(WorkerPool([Gone()], name="mine"), "x")
     with pytest.raises(Refused, match="'mine': it cannot be sent to a worker process: TypeError"):
-        lock = __import__("threading").Lock()
+        lock = threading.Lock()
         WorkerPool([lambda completion, example: lock], name="mine")
+
+    lock = threading.Lock()
+
+    @functools.wraps(behave)
+    def guarded(completion, example):
+        with lock:
+            return 1.0 - behave(completion, example)
+
+    with pytest.raises(Refused, match="'mine': it cannot be sent to a worker process: TypeError"):
+        WorkerPool([guarded], name="mine")  # never as behave alone
+    assert behave("x", {"answer": 1}) == 1.0
 
 
 def test_an_example_that_cannot_be_sent_is_refused(pool):
