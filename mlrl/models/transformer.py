@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -146,7 +147,9 @@ def initialize(model: Transformer, key: Array) -> Params:
     """Random parameters of `model`: normal(0.02) embedding, fan-in scaled kernels, residual branches divided by
     2 * layers in variance, value head zero."""
     one = jnp.zeros((1, 1), jnp.int32)
-    return model.init(key, one, one, jnp.ones((1, 1, 1), bool), method=Transformer.everything)["params"]
+    # One jit, since hundreds of small operations one by one take seconds to compile.
+    init = jax.jit(functools.partial(model.init, method=Transformer.everything))
+    return init(key, one, one, jnp.ones((1, 1, 1), bool))["params"]
 
 
 def empty_caches(config: Config, rows: int, columns: int) -> tuple[Cache, ...]:
