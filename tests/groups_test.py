@@ -49,9 +49,8 @@ def test_the_rule_for_a_row_alone_is_explicit():
     run = lambda alone: float(groups.group_relative(SCORES, GROUP, SCORED, alone=alone)[4])
     assert run(groups.alone_zero) == 0.0
     assert run(groups.alone_score) == 1.0
-    batch = groups.group_relative(
-        SCORES, GROUP, SCORED, baseline=groups.batch_mean, scale=groups.no_scale, eps=0.0, alone=groups.alone_as_computed
-    )
+    kw = dict(scale=groups.no_scale, eps=0.0, alone=groups.alone_as_computed)
+    batch = groups.group_relative(SCORES, GROUP, SCORED, baseline=groups.batch_mean, **kw)
     np.testing.assert_allclose(batch, SCORES - 6.2, rtol=1e-6)
 
 

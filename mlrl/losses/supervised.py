@@ -11,7 +11,7 @@ from mlrl.types import Array, Batch, Metrics, Scores
 def next_token(scores: Scores, batch: Batch) -> tuple[Array, Metrics]:
     """Cross-entropy of the tokens in the mask: -sum(weights * log_probs).
 
-    Which tokens count, and how much, is what mask and weights say: per-token weights and masked turns need nothing here.
+    Which tokens count, and how much, is what mask and weights say: masked turns need nothing here.
 
     Args:
         scores: reads log_probs.
