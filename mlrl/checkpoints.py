@@ -1,0 +1,298 @@
+"""Checkpoints of a whole TrainState: asynchronous, checked when read, the last and the best kept."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import logging
+import math
+import os
+import pathlib
+import sys
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from mlrl.folders import claim_run_folder, config_differences, require_writable
+from mlrl.types import Refused, TrainState
+
+__all__ = ["Manager", "best_step", "claim_run_folder", "close", "config_differences", "latest_step", "open_manager",
+           "restore", "save", "wait"]  # fmt: skip
+
+_log = logging.getLogger("mlrl")
+_STATE, _LEAVES = "state", "leaves"  # the two items of a step: the arrays, and what they were when saved
+
+
+@dataclasses.dataclass(frozen=True)
+class Manager:
+    """The open checkpoints of one run; use the functions of this file."""
+
+    folder: pathlib.Path
+    orbax: ocp.CheckpointManager
+    best_metric: str
+    read_only: bool
+
+
+def open_manager(folder: str | os.PathLike, *, keep_last: int = 2, keep_best: int = 1, best_metric: str = "",
+                 read_only: bool = False) -> Manager:  # fmt: skip
+    """Opens the checkpoints of a run for saving and restoring.
+
+    Saving is asynchronous: `save` returns once the arrays are copied to the host, and a step counts as soon as all of
+    it is on disk. Older steps are deleted only after a newer one is complete.
+
+    Args:
+      folder: where steps lie, one subfolder each; made when missing.
+      keep_last: how many of the latest steps stay, at least 1.
+      keep_best: how many of the steps with the highest `best_metric` stay besides; none if that is "".
+      best_metric: a name among the metrics given to `save`; "eval/" may be left out.
+      read_only: for looking only: never writes, deletes or sets aside anything.
+
+    Raises:
+      Refused: the folder cannot be made or written to, or keep_last is below 1.
+    """
+    if keep_last < 1:
+        raise Refused(f"keep_last must be at least 1, got {keep_last}: a run without checkpoints cannot resume")
+    folder = pathlib.Path(folder).absolute()
+    if not read_only:
+        require_writable(folder)
+    with _orbax_silent():  # it warns that read-only folders are read-only
+        options = ocp.CheckpointManagerOptions(
+            create=not read_only,
+            read_only=read_only,
+            best_fn=_quality,  # without it, orbax does not write metrics
+            preservation_policy=_LastAndBest(keep_last, keep_best if best_metric else 0),
+            cleanup_tmp_directories=not read_only,
+        )
+        return Manager(folder, ocp.CheckpointManager(folder, options=options), best_metric, read_only)
+
+
+def save(manager: Manager, step: int, state: TrainState, metrics: Mapping[str, float] = {}) -> bool:
+    """Starts saving `state` as `step`; the caller may go on, and may donate the state, at once.
+
+    Args:
+      manager: from `open_manager`.
+      step: training steps done.
+      state: any pytree of arrays: typed keys, optax states and empty tuples included.
+      metrics: this step's metrics; the one named `best_metric` ranks the step, which has no rank without it.
+
+    Returns:
+      False if this step was already there (nothing is written), else True.
+
+    Raises:
+      Refused: this or the save before could not be written (a full disk, say). Complete steps stay as they were.
+    """
+    if step in manager.orbax.all_steps():
+        return False
+    state = jax.tree.map(_as_array, state)
+    args = ocp.args.Composite(**{
+        _STATE: ocp.args.StandardSave(state),
+        _LEAVES: ocp.args.JsonSave({"leaves": [_described(*item, checksum=True) for item in _leaves(state)]}),
+    })  # fmt: skip
+    name = manager.best_metric
+    quality = metrics.get(name, metrics.get(f"eval/{name}", math.nan)) if name else math.nan
+    if name and metrics and name not in metrics and f"eval/{name}" not in metrics:
+        _log.warning("step %d has no metric %r to rank its checkpoint by; it has %s",
+                     step, name, ", ".join(sorted(metrics)))  # fmt: skip
+    ranked = {"quality": float(quality)} if math.isfinite(quality) else {}
+    with _write_errors_refused(manager):
+        return bool(manager.orbax.save(step, args=args, metrics=ranked, force=True))
+
+
+def restore(manager: Manager, template: TrainState, *, step: int = -1) -> TrainState:
+    """The last complete checkpoint, bitwise as it was saved, with the template's structure and shardings.
+
+    Every leaf is compared with the checksum it was saved with. A step that cannot be read, or whose arrays changed on
+    disk (flipped bits, missing files), is passed over for the one before, with a line of warning; unless the manager
+    is read-only, its folder is moved aside to `<folder>_unreadable/`, so that the run can save that step again.
+    Not covered: leaves that are sharded over several processes are restored, but carry no checksum.
+
+    Args:
+      manager: from `open_manager`.
+      template: a TrainState of arrays or jax.ShapeDtypeStruct. A leaf with a sharding is restored with it, one without
+        lands on the first device, a numpy leaf stays numpy.
+      step: the step to restore; -1 is the last complete one.
+
+    Raises:
+      Refused: there is no (readable) step, or its leaves differ from the template's in path, shape or dtype.
+    """
+    template = jax.tree.map(_placed, template)
+    known = sorted(manager.orbax.all_steps(), reverse=True)
+    if not known:
+        raise Refused(f"{manager.folder} holds no complete checkpoint: train first, or name another folder")
+    if step >= 0 and step not in known:
+        raise Refused(f"{manager.folder} holds no step {step}: it has {', '.join(map(str, sorted(known)))}")
+    candidates = known if step < 0 else [step]
+    for candidate in candidates:
+        try:
+            saved = manager.orbax.restore(candidate, args=ocp.args.Composite(**{_LEAVES: ocp.args.JsonRestore()}))
+            leaves = saved[_LEAVES]["leaves"]
+            _require_same_leaves(leaves, template, f"{manager.folder}/{candidate}")
+            args = ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(template)})
+            state = manager.orbax.restore(candidate, args=args)[_STATE]
+            _require_checksums(leaves, state)
+            return state
+        except Refused:
+            raise
+        except Exception as error:  # orbax and tensorstore raise every kind for a damaged file
+            reason = str(error).split("\n")[0].split(" See full")[0][:150] or type(error).__name__
+        _forget_failed_reads()
+        _log.warning("checkpoint %s/%d is damaged and passed over: %s", manager.folder, candidate, reason)
+        _set_aside(manager, candidate)
+    raise Refused(f"none of the checkpoints in {manager.folder} can be read (tried "
+                  f"{', '.join(map(str, candidates))}): bring a copy back, or start in another folder")  # fmt: skip
+
+
+def latest_step(folder: str | os.PathLike) -> int | None:
+    """The last complete step in a checkpoints folder; None when there is none, or no folder."""
+    if not os.path.isdir(folder):
+        return None
+    return max(ocp.utils.checkpoint_steps(folder), default=None)
+
+
+def best_step(manager: Manager) -> int | None:
+    """The complete step with the highest `best_metric`; None when no step was ranked."""
+    ranked = {step: _quality(manager.orbax.metrics(step)) for step in manager.orbax.all_steps()}
+    best = max(ranked, key=ranked.get, default=None)
+    return None if best is None or ranked[best] == -math.inf else best
+
+
+def wait(manager: Manager) -> None:
+    """Returns when every started save is complete. Raises Refused if one could not be written."""
+    with _write_errors_refused(manager):
+        manager.orbax.wait_until_finished()
+
+
+def close(manager: Manager) -> None:
+    """Completes the saves that were started and closes the manager. Raises Refused as `wait` does."""
+    with _write_errors_refused(manager):
+        manager.orbax.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _LastAndBest:
+    """Orbax's preservation policy: the last steps, and the best among those that have a rank."""
+
+    last: int
+    best: int
+
+    def should_preserve(self, checkpoints: list[Any], *, context: Any) -> list[bool]:
+        ranked = sorted((c for c in checkpoints if _quality(c.metrics) > -math.inf), key=lambda c: _quality(c.metrics))
+        kept = {c.step for c in checkpoints[-self.last:]} | {c.step for c in ranked[len(ranked) - self.best:]}
+        return [c.step in kept for c in checkpoints]
+
+
+def _quality(metrics: Mapping[str, float] | None) -> float:
+    return (metrics or {}).get("quality", -math.inf)
+
+
+@contextlib.contextmanager
+def _orbax_silent() -> Iterator[None]:
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _leaves(state: Any) -> list[tuple[str, Any]]:
+    return [(jax.tree_util.keystr(path).lstrip("."), x) for path, x in jax.tree_util.tree_leaves_with_path(state)]
+
+
+def _as_array(leaf: Any) -> Any:
+    """Python numbers as arrays of the dtype that JAX would give them."""
+    return np.asarray(leaf, jnp.result_type(leaf)) if isinstance(leaf, bool | int | float) else leaf
+
+
+def _placed(leaf: Any) -> Any:
+    """The abstract leaf to restore: a JAX leaf always has a sharding."""
+    leaf = _as_array(leaf)
+    if isinstance(leaf, np.ndarray | np.generic):
+        return leaf
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _described(path: str, leaf: Any, *, checksum: bool = False) -> dict[str, Any]:
+    described = {"path": path, "shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+    return described | {"crc32": _checksum(leaf)} if checksum else described
+
+
+def _checksum(leaf: Any) -> int | None:
+    """CRC of the bytes; None for an array no single process holds."""
+    if isinstance(leaf, jax.Array):
+        if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            return None
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        leaf = leaf.addressable_data(0) if leaf.is_fully_replicated else leaf
+    return zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
+
+
+def _require_same_leaves(saved: list[dict[str, Any]], template: Any, where: str) -> None:
+    wanted = {path: _described(path, leaf) for path, leaf in _leaves(template)}
+    found = {leaf["path"]: {name: leaf[name] for name in ("path", "shape", "dtype")} for leaf in saved}
+    spell = lambda leaf: f"{leaf['dtype']}{leaf['shape']}"  # noqa: E731
+    advice = "restore with the configuration it was saved with"
+    for path, leaf in wanted.items():
+        if path not in found:
+            raise Refused(f"checkpoint {where} has no {path}, which this run has as {spell(leaf)}: {advice}")
+        if found[path] != leaf:
+            raise Refused(f"checkpoint {where} has {path} as {spell(found[path])}, but this run has it as "
+                          f"{spell(leaf)}: {advice}")  # fmt: skip
+    for path in found:
+        if path not in wanted:
+            raise Refused(f"checkpoint {where} has {path}, which this run does not have: {advice}")
+
+
+def _require_checksums(saved: list[dict[str, Any]], state: Any) -> None:
+    sums = {leaf["path"]: leaf["crc32"] for leaf in saved}
+    for path, leaf in _leaves(state):
+        now = _checksum(leaf)
+        if sums[path] is not None and now is not None and sums[path] != now:
+            raise ValueError(f"{path} is not what was saved (its bytes changed on disk)")
+
+
+def _forget_failed_reads() -> None:
+    """Collects the coroutines that orbax left behind, without the page of text that each would print."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
+
+
+def _set_aside(manager: Manager, step: int) -> None:
+    if manager.read_only or jax.process_index() != 0:
+        return
+    source = manager.folder / str(step)
+    target = manager.folder.with_name(f"{manager.folder.name}_unreadable")
+    with contextlib.suppress(OSError):
+        target.mkdir(exist_ok=True)
+        free = next(name for i in range(10**6) if not (name := target / f"{step}.{i}").exists())
+        source.rename(free)
+    manager.orbax.reload()
+
+
+@contextlib.contextmanager
+def _write_errors_refused(manager: Manager) -> Iterator[None]:
+    """Turns errors of the disk, also those of the save in the background, into one line."""
+    try:
+        yield
+    except Exception as error:
+        text = str(error).strip().split("\n")[0]
+        full = any(word in str(error) for word in ("No space left", "RESOURCE_EXHAUSTED", "Disk quota"))
+        if not full and not isinstance(error, OSError):
+            raise
+        last = latest_step(manager.folder)
+        kept = "no step was complete yet" if last is None else f"step {last} is complete"
+        reason = "no space left on the device" if full else text[:200]
+        raise Refused(f"cannot write a checkpoint in {manager.folder}: {reason}; {kept}, so make room or mend the "
+                      "folder and run the same command again") from error  # fmt: skip
