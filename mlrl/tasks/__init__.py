@@ -1,0 +1,1 @@
+"""Tasks: sets of prompts with answers. Import the file you need; `seqio_tasks` alone loads TensorFlow."""
