@@ -15,6 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import cloudpickle
@@ -186,11 +187,10 @@ class WorkerPool:
         for number in range(len(calls)):
             todo.put(number)
         failed_rows: set[int] = set()
-        errors: list[BaseException] = []
         stop = threading.Event()
 
         def serve(slot: int) -> None:
-            try:
+            with contextlib.suppress(queue.Empty):
                 while not stop.is_set():
                     number = todo.get_nowait()
                     answers[number] = answer = self._twice(slot, calls[number], stop)
@@ -198,31 +198,21 @@ class WorkerPool:
                         failed_rows.add(calls[number].row)
                         if len(failed_rows) > max_failed_rows:
                             stop.set()
-            except queue.Empty:
-                pass
-            except BaseException as error:
-                errors.append(error)
-                stop.set()
 
         slots = range(min(len(self._slots), len(calls)))
-        threads = [threading.Thread(target=serve, args=(slot,), daemon=True) for slot in slots]
-        try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        except BaseException:  # Ctrl-C: what the workers do now is of no use to anybody
-            stop.set()
-            for process in self._slots:
-                if process is not None:
-                    process.interrupt()
-            for thread in threads:
-                if thread.is_alive():
-                    thread.join()
-            raise
-        if errors:
-            self.close()
-            raise errors[0]
+        with futures.ThreadPoolExecutor(max(1, len(slots))) as threads:
+            serving = [threads.submit(serve, slot) for slot in slots]
+            try:
+                futures.wait(serving, return_when=futures.FIRST_EXCEPTION)
+                for served in serving:
+                    if served.done():
+                        served.result()
+            except BaseException:  # Refused, or Ctrl-C: what the workers do now is of no use to anybody
+                stop.set()
+                for process in self._slots:
+                    if process is not None:
+                        process.interrupt()
+                raise
         return answers
 
     def _twice(self, slot: int, call: Call, stop: threading.Event) -> Answer:

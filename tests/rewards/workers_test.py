@@ -3,6 +3,7 @@
 import functools
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -241,3 +242,17 @@ def test_knobs_bound_by_gin_reach_the_workers(tmp_path, monkeypatch):
         pool.close()
     finally:
         gin.clear_config()
+
+
+def test_an_interrupt_ends_the_workers_and_the_pool_still_works(pool):
+    before = threading.active_count()
+    slow = WorkerPool([behave], timeout_seconds=100.0, workers=2)
+    timer = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        ask(slow, "hang", "sleep", "ok")
+    timer.join()
+    assert time.monotonic() - start < 5.0 and threading.active_count() == before
+    assert ask(slow, "ok")[0].entries == {"reward": 2.0}
+    slow.close()
