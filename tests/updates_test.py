@@ -1,0 +1,151 @@
+"""The update: exact denominators however the rows are split, skipped steps, and what is read."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mlrl import meshes, reductions, updates
+from mlrl.losses import policy, regularizers, supervised
+from mlrl.models.transformer import Config, Transformer, initialize
+from mlrl.optimizers import adamw
+from mlrl.scoring import score
+from mlrl.types import Refused, Rewards, Rollout, Scores, TrainState
+
+V, B, L = 11, 8, 10
+MODEL = Transformer(Config(vocabulary_size=V, width=16, layers=1, heads=2, kv_heads=1, head_width=8, mlp_width=24))
+
+
+@functools.cache
+def params():
+    return initialize(MODEL, jax.random.key(0))
+
+
+def batch(seed=0):
+    """Rows of very different lengths, one of them without any action and one unscored."""
+    lengths = jnp.asarray([1, 7, 3, 0, 5, 2, 6, 4])
+    columns = jnp.arange(L)[None]
+    action = (columns >= 3) & (columns < 3 + lengths[:, None])
+    keys = jax.random.split(jax.random.key(seed), 4)
+    rollout = Rollout(
+        tokens=jax.random.randint(keys[0], (B, L), 0, V), valid=columns < 3 + lengths[:, None], action_mask=action,
+        behavior_log_probs=jnp.where(action, -2.0 + 0.3 * jax.random.normal(keys[1], (B, L)), 0.0),
+        turn=jnp.zeros((B, L), jnp.int32), role=jnp.zeros(B, jnp.int32), group=jnp.arange(B) // 2,
+        truncated=jnp.zeros(B, bool), policy_version=jnp.zeros(B, jnp.int32),
+    )  # fmt: skip
+    rewards = Rewards(jnp.zeros((B, L)), jnp.zeros(B), jnp.asarray([True] * 6 + [False, True]), {})
+    made = updates.unannotated(rollout.check(), rewards.check())
+    return made.replace(
+        old_log_probs=rollout.behavior_log_probs,
+        reference_log_probs=rollout.behavior_log_probs - 0.1,
+        advantages=jax.random.normal(keys[2], (B, L)),
+    ).check()
+
+
+def state(optimizer):
+    return TrainState(jnp.int32(0), jax.random.key(1), params(), optimizer.init(params()), (), (), (), {}, jnp.int32(0))
+
+
+LOSSES = (policy.ppo_clip, functools.partial(regularizers.kl_penalty, kl_coef=0.1))
+REDUCTIONS = [
+    reductions.token_mean,
+    reductions.sequence_mean_token_mean,
+    reductions.sequence_mean_token_sum,
+    functools.partial(reductions.constant_length, length=7.0),
+]
+
+
+def run(rows, *, losses=LOSSES, optimizer=None, **knobs):
+    optimizer = optimizer or adamw(learning_rate=0.01)
+    step = functools.partial(
+        updates.update, score_fn=functools.partial(score, MODEL), losses=losses, optimizer=optimizer,
+        **{"reduction": reductions.token_mean, **knobs},
+    )  # fmt: skip
+    return jax.jit(step)(state(optimizer), rows, jax.random.key(2))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_micro_batches_only_add_up(reduction):
+    whole, whole_metrics = run(batch(), reduction=reduction)
+    for micro_batch_rows in (4, 2):
+        split, metrics = run(batch(), reduction=reduction, micro_batch_rows=micro_batch_rows)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), whole.params, split.params)
+        for name, value in whole_metrics.items():
+            np.testing.assert_allclose(metrics[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_data_shards_only_add_up(devices):
+    whole, whole_metrics = run(batch())
+    with meshes.use(meshes.data_mesh(devices=devices)) as _:
+        split, metrics = run(batch(), micro_batch_rows=4)
+        lowered = jax.jit(meshes.split_rows).lower(jnp.zeros((B, 3))).compile().output_shardings
+    assert "data" in str(lowered.spec), "the rows were not split at all"
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), whole.params, split.params)
+    for name, value in whole_metrics.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
+
+
+def test_token_mean_is_one_mean_over_all_tokens():
+    """The next-token loss by hand: the mean of -log p over every action of every scored row."""
+    rows = batch()
+    _, metrics = run(rows, losses=(supervised.next_token,), micro_batch_rows=2)
+    log_probs = score(MODEL, params(), rows.rollout).log_probs
+    keep = np.asarray(rows.rollout.action_mask) & np.asarray(rows.rewards.scored)[:, None]
+    np.testing.assert_allclose(metrics["loss"], -np.asarray(log_probs)[keep].mean(), rtol=1e-5)
+
+
+def test_minibatches_and_epochs_make_optimizer_steps():
+    for minibatches, epochs in ((1, 1), (4, 1), (2, 3), (1, 2)):
+        after, _ = run(batch(), minibatches=minibatches, epochs=epochs)
+        assert int(optax.tree_utils.tree_get(after.opt_state, "count", filtering=lambda p, _: "ScaleByAdam" in str(p))) == (
+            minibatches * epochs
+        )
+
+
+def test_a_batch_without_actions_changes_nothing_and_is_finite():
+    rows = batch()
+    after, metrics = run(rows.replace(mask=jnp.zeros_like(rows.mask)), optimizer=optax.sgd(1.0))
+    assert float(metrics["loss"]) == 0.0 and float(metrics["grad_norm"]) == 0.0
+    jax.tree.map(np.testing.assert_array_equal, after.params, params())
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted():
+    rows = batch()
+    bad = rows.replace(advantages=rows.advantages.at[1, 4].set(jnp.nan))
+    after, metrics = run(bad)
+    assert int(after.bad_updates) == 1 and float(metrics["skipped_updates"]) == 1.0
+    jax.tree.map(np.testing.assert_array_equal, after.params, params())
+    masked = rows.replace(advantages=rows.advantages.at[6].set(jnp.nan))  # row 6 is unscored
+    after, metrics = run(masked)
+    assert int(after.bad_updates) == 0 and np.isfinite(float(metrics["loss"]))
+
+
+def test_bad_updates_count_in_a_row_only():
+    rows = batch()
+    bad = rows.replace(advantages=rows.advantages.at[:].set(jnp.inf))
+    after, _ = run(bad, epochs=3)
+    assert int(after.bad_updates) == 3
+
+
+def test_what_a_loss_reads_is_found_by_tracing_it():
+    scores = Scores(*(jnp.zeros((B, L)),) * 3)
+
+    def reads(*losses):
+        return updates.fields_read(lambda s, b: updates.total_loss(losses, s, b)[0], scores, batch())
+
+    assert {"Batch.old_log_probs", "Batch.advantages", "Scores.log_probs"} <= reads(policy.ppo_clip)
+    assert "Batch.reference_log_probs" not in reads(policy.ppo_clip)
+    assert "Batch.reference_log_probs" in reads(*LOSSES)
+    assert "Batch.reference_log_probs" not in reads(policy.ppo_clip, regularizers.kl_penalty)  # coefficient 0.0
+    assert "Scores.values" not in reads(*LOSSES)
+
+
+def test_rows_that_do_not_divide_are_refused():
+    with pytest.raises(Refused, match="8 rows do not divide into minibatches = 3"):
+        run(batch(), minibatches=3)
+    with pytest.raises(Refused, match="4 rows does not divide into micro_batch_rows = 3"):
+        run(batch(), minibatches=2, micro_batch_rows=3)
