@@ -52,7 +52,8 @@ def claim_run_folder(folder: str | os.PathLike, config: str, *, may_differ: tupl
 
 def config_differences(old: str, new: str, *, may_differ: tuple[str, ...] = ()) -> list[str]:
     """The differing statements of two gin texts, as "-old" and "+new"; comments and blank lines do not count."""
-    left, right = (list(statements(text, left_out=may_differ)) for text in (old, new))
+    macros = {m for text in (old, new) for m in _macros(text, may_differ)}
+    left, right = (list(statements(text, left_out=(*may_differ, *macros))) for text in (old, new))
     difference = difflib.unified_diff(left, right, n=0, lineterm="")
     return [line for line in difference if line[0] in "+-" and not line.startswith(("+++", "---"))]
 
@@ -77,6 +78,14 @@ def statements(text: str, *, left_out: tuple[str, ...] = ()) -> Iterator[str]:
         pending, depth = "", 0
     if pending:
         yield pending
+
+
+def _macros(text: str, names: tuple[str, ...]) -> Iterator[str]:
+    """Macros that are the whole value of a binding in `names`: in `Experiment.num_steps = %STEPS`, STEPS."""
+    kept = set(statements(text, left_out=names))
+    for statement in statements(text):
+        if statement not in kept and (found := re.search(r"= *%(\w+)$", statement)):
+            yield found.group(1)
 
 
 def require_writable(folder: pathlib.Path) -> None:

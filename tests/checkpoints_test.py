@@ -352,3 +352,14 @@ def test_files_are_written_whole(tmp_path):
     assert json.loads((tmp_path / "r.json").read_text()) == {"a": 2} and os.listdir(tmp_path) == ["r.json"]
     with pytest.raises(Refused, match="cannot write"):
         folders.write_atomically(tmp_path / "r.json" / "x", "")
+
+
+def test_a_macro_behind_such_a_binding_may_differ_too(tmp_path):
+    text = "STEPS = 10\nSEED = 1\nExperiment.num_steps = %STEPS\n"
+    longer = text.replace("STEPS = 10", "STEPS = 20")
+    assert folders.config_differences(text, longer, may_differ=("num_steps",)) == []
+    assert folders.config_differences(text, longer) == ["-STEPS = 10", "+STEPS = 20"]
+    assert folders.config_differences(text, longer.replace("SEED = 1", "SEED = 2"), may_differ=("num_steps",)) == [
+        "-SEED = 1",
+        "+SEED = 2",
+    ]
