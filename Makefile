@@ -2,7 +2,7 @@
 # VENV=DIR puts the environment elsewhere; PYTHON=python3.12 makes it with another interpreter.
 
 VENV ?= .venv
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 RUN_DIR ?= runs/quickstart
 PYTEST_FLAGS ?=
 BIN := $(VENV)/bin
