@@ -12,6 +12,7 @@ from jax import lax
 from mlrl.types import Array, Prompts, Refused, Rollout, Task
 
 _FEISTEL_ROUNDS = 8
+_GOLDEN = np.uint32(0x9E3779B9)  # 2**32 / golden ratio: spreads the round numbers
 
 
 def draw(task: Task, key: Array, step: Array | int, rows: int, weights: Array) -> Prompts:
@@ -103,22 +104,25 @@ def shuffled_index(key: Array, counter: Array, size: Array | int) -> Array:
       size: [] or [N] integer, 1 <= size <= 2**31; may be traced.
     Returns: [N] int32.
     """
-    counter = jnp.asarray(counter).astype(jnp.uint32)
-    size = jnp.broadcast_to(jnp.asarray(size).astype(jnp.uint32), counter.shape)
+    counter = jnp.asarray(counter, jnp.uint32)
+    size = jnp.broadcast_to(jnp.asarray(size, jnp.uint32), counter.shape)
     epoch, start = counter // size, counter % size
-    round_keys = jax.vmap(lambda e: jax.random.bits(jax.random.fold_in(key, e), (_FEISTEL_ROUNDS,), jnp.uint32))(epoch)
-    bits = jnp.uint32(32) - lax.clz(jnp.maximum(size - 1, 3))
-    half = (bits + 1) // 2
+    words = jax.vmap(lambda e: jax.random.bits(jax.random.fold_in(key, e), (2,), jnp.uint32))(epoch)
+    half = (33 - lax.clz(jnp.maximum(size - 1, 3))) // 2
     mask = (jnp.uint32(1) << half) - 1
 
-    def permute(x: Array) -> Array:
-        left, right = x >> half, x & mask
-        for i in range(_FEISTEL_ROUNDS):
-            left, right = right, left ^ (_mix(right ^ round_keys[:, i]) & mask)
-        return (left << half) | right
+    def exchange(i: Array, halves: tuple[Array, Array]) -> tuple[Array, Array]:
+        left, right = halves
+        round_key = _mix(words[:, 0] + i.astype(jnp.uint32) * _GOLDEN) ^ words[:, 1]
+        return right, left ^ (_mix(right ^ round_key) & mask)
 
-    walk = lambda x: jnp.where(x >= size, permute(x), x)  # noqa: E731
-    inside = lax.while_loop(lambda x: jnp.any(x >= size), walk, permute(start))
+    def walk(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        x, outside = state
+        left, right = lax.fori_loop(0, _FEISTEL_ROUNDS, exchange, (x >> half, x & mask))
+        x = jnp.where(outside, (left << half) | right, x)
+        return x, x >= size
+
+    inside, _ = lax.while_loop(lambda state: jnp.any(state[1]), walk, (start, start >= 0))
     return inside.astype(jnp.int32)
 
 
@@ -140,7 +144,7 @@ def _choose(task: Task, key: Array, step: Array | int, rows: int, weights: Array
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _source_and_index(sizes: tuple[int, ...], key: Array, step: Array, rows: int, weights: Array):
-    order_key, *keys = jax.random.split(key, 1 + len(sizes))
+    order_key, keys = jax.random.fold_in(key, 0), jax.random.split(jax.random.fold_in(key, 1), len(sizes))
     counter = step * jnp.uint32(rows) + jnp.arange(rows, dtype=jnp.uint32)
     if len(sizes) == 1:
         return jnp.zeros((rows,), jnp.int32), shuffled_index(keys[0], counter, sizes[0])
@@ -150,5 +154,5 @@ def _source_and_index(sizes: tuple[int, ...], key: Array, step: Array, rows: int
     last = jnp.max(jnp.where(jnp.asarray(weights) > 0, jnp.arange(len(sizes)), 0))
     source = jnp.minimum(jnp.searchsorted(total, points, side="right"), last).astype(jnp.int32)
     source = jax.random.permutation(permutation_key, source)
-    index = jnp.stack([shuffled_index(k, counter, size) for k, size in zip(keys, sizes)])
+    index = jax.vmap(shuffled_index, in_axes=(0, None, 0))(keys, counter, jnp.asarray(sizes, jnp.uint32))
     return source, jnp.take_along_axis(index, source[None], axis=0)[0]

@@ -40,10 +40,10 @@ def mixture(tasks: Sequence[Task], rates: Sequence[float] = (), *, name: str = "
     within = np.concatenate([np.arange(len(task.sources), dtype=np.int32) for task in tasks])
     sizes = np.concatenate([task.sizes for task in tasks]).astype(np.int32)
     pad_id = tasks[0].vocabulary.pad_id
-    row = np.zeros(1, np.int32)
-    prompt_width = max(task.at(row, row).tokens.shape[1] for task in tasks)
-    target_width = max(task.targets(row, row)[0].shape[1] for task in tasks)
-    leaves = _union([_leaves(task.at(row, row).example, task, name) for task in tasks], name)
+    rows = [_one_row(task) for task in tasks]
+    prompt_width = max(prompts.tokens.shape[1] for prompts, _ in rows)
+    target_width = max(tokens.shape[1] for _, (tokens, _) in rows)
+    leaves = _union([_leaves(prompts.example, task, name) for task, (prompts, _) in zip(tasks, rows)], name)
     select = _select_all if in_graph else _select_own
 
     def at(source: Array, index: Array) -> Prompts:
@@ -107,6 +107,13 @@ def _select_own(tasks, part, part_of, within, sizes, source, index) -> dict[str,
     return result
 
 
+def _one_row(task: Task) -> tuple[Prompts, tuple[Array, Array]]:
+    """Shapes of one row of a task; of a task in the graph, without computing it."""
+    row = np.zeros(1, np.int32)
+    run = lambda: (task.at(row, row), task.targets(row, row))  # noqa: E731
+    return jax.eval_shape(run) if task.in_graph else run()
+
+
 def _row(tokens: Array, valid: Array, width: int, pad_id: int, *, left: bool) -> dict[str, Array]:
     """Tokens and their validity, padded to a common width."""
     missing = width - tokens.shape[1]
@@ -118,8 +125,9 @@ def _row(tokens: Array, valid: Array, width: int, pad_id: int, *, left: bool) ->
 def _widened(leaf: Array | None, shape: tuple[int, ...], dtype: Any, rows: int) -> Array:
     """A leaf of an example, padded with zeros at the end of every axis; all zeros if the source lacks it."""
     if leaf is None:
-        return jnp.zeros((rows, *shape), dtype)
-    return jnp.pad(leaf, ((0, 0), *((0, want - got) for want, got in zip(shape, leaf.shape[1:]))))
+        return np.zeros((rows, *shape), dtype)
+    xp = np if isinstance(leaf, np.ndarray) else jnp
+    return xp.pad(leaf, ((0, 0), *((0, want - got) for want, got in zip(shape, leaf.shape[1:]))))
 
 
 def _leaves(example: Any, task: Task, name: str) -> dict[str, Array]:
