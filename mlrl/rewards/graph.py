@@ -6,21 +6,23 @@ import jax
 import jax.numpy as jnp
 
 from mlrl.rewards.lifting import stateful
+from mlrl.tasks import verifiers
 from mlrl.types import Array, Prompts, Refused, RewardFn, Rollout
 
 
 def arithmetic(rollout: Rollout, prompts: Prompts) -> Array:
     """1 if the completion is the example's answer, token for token, and then stops; else 0. [B] float32."""
-    from mlrl.tasks import puzzles  # where it is needed: tasks may bring a data pipeline with them
+    return jnp.asarray(verifiers.arithmetic_verifier(rollout, prompts), jnp.float32)
 
-    return jnp.asarray(puzzles.arithmetic_verifier(rollout, prompts), jnp.float32)
+
+def final_answer(rollout: Rollout, prompts: Prompts) -> Array:
+    """1 if what follows the completion's last comma is the example's answer, and then it stops; else 0. [B] float32."""
+    return jnp.asarray(verifiers.final_answer_verifier(rollout, prompts), jnp.float32)
 
 
 def countdown(rollout: Rollout, prompts: Prompts) -> Array:
     """1 if the completion is an expression over the given numbers that makes the target; else 0. [B] float32."""
-    from mlrl.tasks import puzzles
-
-    return jnp.asarray(puzzles.countdown_verifier(rollout, prompts), jnp.float32)
+    return jnp.asarray(verifiers.countdown_verifier(rollout, prompts), jnp.float32)
 
 
 def length_tokens(rollout: Rollout, prompts: Prompts) -> Array:

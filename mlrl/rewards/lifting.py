@@ -41,6 +41,7 @@ def lift(reward: RewardFn | Callable | Sequence[Callable]) -> RewardFn:
     raise Refused(
         f"reward {name_of(reward)!r} must take (completion, example), (rollout, prompts) or (models, "
         f"rollout, prompts): the first parameter's name says how it is run, and here it is {first!r}"
+        " (a function that makes a reward must be called; in Gin: @name())"
     )
 
 
