@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from batches import build
 
-from mlrl import divergences, importance
+from mlrl import divergences, importance, reductions
 from mlrl.losses import distillation, policy, preference, regularizers, reward_models, supervised, values
 
 with_ = functools.partial
@@ -151,6 +151,21 @@ def test_an_empty_mask_gives_zero_and_finite_gradients(name):
     assert all(float(m) == 0.0 for m in metrics.values())
     for gradient in jax.tree.leaves(gradients):
         np.testing.assert_array_equal(gradient, np.zeros((10, 10)))
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+@pytest.mark.parametrize("name", ["ppo_clip", "clipped_value_loss", "dpo"])
+def test_data_shards_change_nothing(name, shards):
+    """With the weights made inside the jit, the denominator is that of all shards together."""
+
+    def whole_step(scores, batch):
+        weights = reductions.sequence_mean_token_mean(batch.mask)
+        token_weights = reductions.token_mean(batch.mask)
+        return evaluate(LOSSES[name], scores, batch.replace(weights=weights, token_weights=token_weights))
+
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:shards]), ("data",))
+    by_rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    assert_same(jax.jit(whole_step)(*jax.device_put(example(), by_rows)), plain(name))
 
 
 @pytest.mark.parametrize(
