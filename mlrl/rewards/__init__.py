@@ -16,7 +16,7 @@ _PUBLIC = {
         "symbolic",
     ),
     "mlrl.rewards.graph": (
-        "arithmetic", "countdown", "length_tokens", "overlong", "random", "truncated_penalty",
+        "arithmetic", "countdown", "final_answer", "length_tokens", "overlong", "random", "truncated_penalty",
     ),
     "mlrl.rewards.adapters": ("from_openrlhf", "from_trl", "from_verifiers", "from_verl"),
 }  # fmt: skip

@@ -12,17 +12,17 @@ from mlrl.types import Array, Prompts, Refused, RewardFn, Rollout
 
 def arithmetic(rollout: Rollout, prompts: Prompts) -> Array:
     """1 if the completion is the example's answer, token for token, and then stops; else 0. [B] float32."""
-    return jnp.asarray(verifiers.arithmetic_verifier(rollout, prompts), jnp.float32)
+    return verifiers.arithmetic_verifier(rollout, prompts)
 
 
 def final_answer(rollout: Rollout, prompts: Prompts) -> Array:
-    """1 if what follows the completion's last comma is the example's answer, and then it stops; else 0. [B] float32."""
-    return jnp.asarray(verifiers.final_answer_verifier(rollout, prompts), jnp.float32)
+    """1 if what follows the completion's last separator is the example's answer, and it stops; else 0. [B] float32."""
+    return verifiers.final_answer_verifier(rollout, prompts)
 
 
 def countdown(rollout: Rollout, prompts: Prompts) -> Array:
     """1 if the completion is an expression over the given numbers that makes the target; else 0. [B] float32."""
-    return jnp.asarray(verifiers.countdown_verifier(rollout, prompts), jnp.float32)
+    return verifiers.countdown_verifier(rollout, prompts)
 
 
 def length_tokens(rollout: Rollout, prompts: Prompts) -> Array:

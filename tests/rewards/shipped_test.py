@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from reward_worlds import prompts_of, rollout_of, run, task_of
 
+from mlrl import prompts
 from mlrl.rewards import graph, shipped
 from mlrl.rewards.completions import per_completion
 from mlrl.rewards.lifting import in_graph, lift
+from mlrl.tasks import puzzles
 from mlrl.types import Refused
 
 
@@ -151,3 +153,29 @@ def test_public_names_are_imported_on_first_use():
         assert callable(getattr(mlrl.rewards, name))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = mlrl.rewards.nothing
+
+
+@pytest.mark.parametrize(
+    "task, reward",
+    [
+        (puzzles.arithmetic(digits=1), graph.arithmetic),
+        (puzzles.arithmetic(digits=1, operands=3, scratchpad=True), graph.final_answer),
+        (puzzles.countdown(numbers=3), graph.countdown),
+    ],
+)
+def test_puzzle_rewards_know_right_from_wrong(task, reward):
+    key, weights = jax.random.key(0), np.ones(1, np.float32)
+    given = prompts.draw(task, key, 0, 8, weights)
+    right = prompts.demonstrations(task, key, 0, 8, weights)
+    judge = jax.jit(lambda rollout: lift(reward).update((), rollout, given, task, None)[0])
+    np.testing.assert_array_equal(judge(right).outcome, np.ones(8))
+    np.testing.assert_array_equal(judge(right.replace(truncated=~right.truncated)).outcome, np.zeros(8))
+    others = right.replace(
+        tokens=np.roll(right.tokens, 1, axis=0), action_mask=np.roll(right.action_mask, 1, axis=0)
+    )
+    assert judge(others).outcome.mean() < 0.5  # the answers of other prompts
+
+
+def test_a_puzzle_reward_on_another_task_says_what_is_missing():
+    with pytest.raises(Refused, match="reward 'countdown' raised KeyError: 'numbers'"):
+        run(lift(graph.countdown), ["ab"])
