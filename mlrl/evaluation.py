@@ -111,7 +111,7 @@ def _sampled_results(correct: np.ndarray, answers: np.ndarray) -> dict[str, dict
     results = {f"mean@{k}": _interval(np.nanmean(correct, axis=1))}
     j = 1
     while j <= k:
-        results[f"pass@{j}"] = _interval(metrics.pass_at_k(right.sum(axis=1), k, k=j))
+        results[f"pass@{j}"] = _interval(metrics.pass_at_k(k, right.sum(axis=1), j))
         j *= 2
     votes = [metrics.majority_correct(list(a), list(r)) for a, r in zip(answers, right)]
     return results | {f"maj@{k}": _interval(np.asarray(votes, float))}

@@ -69,16 +69,18 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
 def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     folder = arguments.run_dir or f"runs/{pathlib.Path(arguments.experiment).stem}"
     experiment, config = load(arguments.experiment, overrides)
-    from mlrl import checkpoints, report, runs
+    from mlrl import folders, runs
 
     loop = _loop_of(experiment)
     loop.prepare(experiment)
     _refuse_unused()
-    checkpoints.claim_run_folder(folder, config, may_differ=("num_steps",))
+    folders.claim_run_folder(folder, config, may_differ=("num_steps",))
     pathlib.Path(folder, "operative_config.gin").write_text(_operative_config())
     with runs.Run(folder, experiment.recording) as run:
         loop.train(experiment, run)
     if arguments.report:
+        from mlrl import report
+
         page = report.write_report([folder], pathlib.Path(folder, "report.html"))
         print(report.summary_table(folder))
         print(f"report: {page}")
@@ -198,17 +200,24 @@ def _refuse_unused() -> None:
 
     from mlrl.types import Refused
 
-    used = {(key, name) for key, values in gin.config._OPERATIVE_CONFIG.items() for name in values}
-    for (scope, selector), values in gin.config._CONFIG.items():
+    bound, used = gin.config._CONFIG, set()
+    for (scope, selector), values in gin.config._OPERATIVE_CONFIG.items():
+        inner = scope.split("/") if scope else []
+        outward = ["/".join(inner[:i]) for i in range(len(inner), -1, -1)]  # a scope inherits from those around it
         for name in values:
-            if ((scope, selector), name) in used:
+            found = (s for s in outward if name in bound.get((s, selector), {}))
+            used.add((next(found, scope), selector, name))
+    for (scope, selector), values in bound.items():
+        for name in values:
+            if (scope, selector, name) in used:
                 continue
             if selector == "gin.macro":
-                close = difflib.get_close_matches(scope, [s for (s, kind), _ in used if kind == "gin.macro"], n=1)
+                close = difflib.get_close_matches(scope, [s for s, kind, _ in used if kind == "gin.macro"], n=1)
                 hint = f"; did you mean {close[0]}?" if close else ""
                 raise Refused(f"nothing uses the macro {scope}: remove it, or refer to it as %{scope}{hint}")
             shown = f"{scope}/{selector}.{name}" if scope else f"{selector}.{name}"
-            raise Refused(f"nothing uses the binding {shown}: remove it, or check the scope and the names before it")
+            raise Refused(f"nothing uses the binding {shown}: remove it, or name @{selector.split('.', 1)[1]} "
+                          "where the experiment takes it, in the scope of the binding")  # fmt: skip
 
 
 def _override(name: str, value: str) -> str:

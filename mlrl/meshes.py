@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,9 +27,11 @@ def data_mesh(*, devices: int = 0) -> Mesh:
     return Mesh(np.asarray(chosen), ("data",))
 
 
-def use(mesh: Mesh) -> contextlib.AbstractContextManager:
-    """Makes `mesh` the one that `split_rows` refers to."""
-    return jax.set_mesh(mesh)
+@contextlib.contextmanager
+def use(mesh: Mesh) -> Iterator[Mesh]:
+    """Makes `mesh` the one that `split_rows` refers to, and gives it."""
+    with jax.set_mesh(mesh):
+        yield mesh
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mlrl import checkpoints, monitoring, writers
+from mlrl import checkpoints, folders, monitoring, writers
 from mlrl.evaluation import Evaluator, Results
 from mlrl.types import Batch, Metrics, Task, TrainState
 
@@ -192,4 +192,4 @@ def write_results(folder: pathlib.Path, step: int, results: Results) -> None:
     known = json.loads(path.read_text())["evaluations"] if path.is_file() else []
     known = [entry for entry in known if entry["step"] < step]
     known += [{"step": step, "task": task, "metrics": found} for task, found in results.items()]
-    writers.write_atomically(path, json.dumps({"evaluations": known}, indent=1))
+    folders.write_atomically(path, json.dumps({"evaluations": known}, indent=1))

@@ -103,6 +103,7 @@ def prepare(experiment: Experiment) -> Parts:
     parts = dataclasses.replace(parts, reads=frozenset(checks.what_is_read(experiment.losses, (), batch)))
     checks.compatible(experiment.model, parts.reads)
     checks.evaluations_work(experiment.evaluations)
+    experiment.stop({})
     jax.eval_shape(functools.partial(learn, parts), abstract_state(parts), batch.rollout)
     return parts
 
