@@ -12,8 +12,8 @@ _PUBLIC = {
         "center", "chain", "clip", "gate", "potential_shaping", "scale", "weighted_sum",
     ),
     "mlrl.rewards.shipped": (
-        "exact", "format_tags", "gsm8k_lenient", "gsm8k_strict", "length", "numeric", "regular_expression",
-        "symbolic",
+        "exact", "format_tags", "gsm8k_lenient", "gsm8k_score", "gsm8k_strict", "knights_and_knaves_score",
+        "length", "numeric", "reasoning_gym_score", "regular_expression", "symbolic",
     ),
     "mlrl.rewards.graph": (
         "arithmetic", "countdown", "final_answer", "length_tokens", "overlong", "random", "truncated_penalty",

@@ -129,7 +129,7 @@ def _verifiers(
 
 
 def _call(f: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-    """f with those of the arguments that it names, or with all if it takes **kwargs; waits for a coroutine."""
+    """f with those of the arguments that it names, or all if it takes **kwargs; waits for a coroutine."""
     parameters = inspect.signature(f).parameters
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         arguments = {name: value for name, value in arguments.items() if name in parameters}
@@ -166,7 +166,8 @@ def _must_take(f: Callable[..., Any], names: tuple[str, ...], adapter: str) -> N
     missing = [name for name in names if name not in parameters]
     if missing:
         raise Refused(
-            f"{adapter}: {getattr(f, '__name__', f)!r} must take {', '.join(names)}; it takes {', '.join(parameters)}"
+            f"{adapter}: {getattr(f, '__name__', f)!r} must take {', '.join(names)}; "
+            f"it takes {', '.join(parameters)}"
         )
 
 

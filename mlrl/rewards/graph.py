@@ -16,12 +16,12 @@ def arithmetic(rollout: Rollout, prompts: Prompts) -> Array:
 
 
 def final_answer(rollout: Rollout, prompts: Prompts) -> Array:
-    """1 if what follows the completion's last separator is the example's answer, and it stops; else 0. [B] float32."""
+    """1 if what follows the completion's last separator is the answer, and it stops; else 0. [B] float32."""
     return verifiers.final_answer_verifier(rollout, prompts)
 
 
 def countdown(rollout: Rollout, prompts: Prompts) -> Array:
-    """1 if the completion is an expression over the given numbers that makes the target; else 0. [B] float32."""
+    """1 if the completion is an expression over the given numbers with the target's value. [B] float32."""
     return verifiers.countdown_verifier(rollout, prompts)
 
 
@@ -31,8 +31,7 @@ def length_tokens(rollout: Rollout, prompts: Prompts) -> Array:
 
 
 def overlong(rollout: Rollout, prompts: Prompts, *, max_tokens: int, buffer_tokens: int) -> Array:
-    """The soft penalty of long completions: 0 up to max - buffer, falling linearly to -1 at max, and -1
-    beyond.
+    """The soft penalty of long completions: 0 up to max - buffer, falling linearly to -1 at max.
 
         penalty = clip((max_tokens - buffer_tokens - length) / buffer_tokens, -1, 0)
 

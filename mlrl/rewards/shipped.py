@@ -10,28 +10,36 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+from mlrl.tasks.answers import (
+    extract_tagged,
+    gsm8k_lenient,
+    gsm8k_score,
+    gsm8k_strict,
+    knights_and_knaves_score,
+    reasoning_gym_score,
+)
+
+__all__ = [
+    "exact", "format_tags", "gsm8k_lenient", "gsm8k_score", "gsm8k_strict", "knights_and_knaves_score", "length",
+    "numeric", "reasoning_gym_score", "regular_expression", "symbolic",
+]  # fmt: skip
+
+# A sign belongs to the number only where it cannot be an operation; commas only between thousands.
+_NUMBER = re.compile(r"(?:(?<![\w.)])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 _LAYOUT = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
 _TAG = re.compile(r"</?(?:think|answer)>")
 
 
-def answer_text(completion: str) -> str:
-    """What stands in the last answer tags of a completion, or all of it; without the space around it."""
-    found = _ANSWER.findall(completion)
-    return (found[-1] if found else completion).strip()
-
-
 def exact(completion: str, example: Mapping[str, Any]) -> float:
     """Whether the answer is example["answer"], character for character, but for the space around both."""
-    return float(answer_text(completion) == str(example["answer"]).strip())
+    return float(extract_tagged(completion) == str(example["answer"]).strip())
 
 
 def numeric(completion: str, example: Mapping[str, Any], *, tolerance: float = 1e-6) -> float:
     """Whether the last number of the answer equals that of example["answer"].
 
-    Equal means |a - b| <= tolerance * max(1, |b|). Commas between digits are left out; 0.0 if the completion
-    has no number.
+    Equal means |a - b| <= tolerance * max(1, |b|). The minus of 5-3 is an operation, so that ends
+    in 3. 0.0 if the completion has no number.
 
     Raises:
       ValueError: the example's answer has no number.
@@ -39,7 +47,7 @@ def numeric(completion: str, example: Mapping[str, Any], *, tolerance: float = 1
     expected = _last_number(str(example["answer"]))
     if expected is None:
         raise ValueError(f"the example's answer has no number: {example['answer']!r}")
-    found = _last_number(answer_text(completion))
+    found = _last_number(extract_tagged(completion))
     return float(found is not None and abs(found - expected) <= tolerance * max(1.0, abs(expected)))
 
 
@@ -60,7 +68,7 @@ def symbolic(completion: str, example: Mapping[str, Any]) -> float:
     )
     if not gold:
         raise ValueError(f"math-verify cannot read the example's answer {text!r}")
-    found = math_verify.parse(answer_text(completion), parsing_timeout=None)
+    found = math_verify.parse(extract_tagged(completion), parsing_timeout=None)
     return float(math_verify.verify(gold, found, timeout_seconds=None))
 
 
@@ -90,28 +98,8 @@ def regular_expression(pattern: str) -> Callable[[str, Mapping[str, Any]], float
 
 
 def length(completion: str, example: Mapping[str, Any]) -> float:
-    """How many characters the completion has. (In the graph and in tokens: `mlrl.rewards.graph.length_tokens`.)"""
+    """How many characters the completion has. (In tokens: `mlrl.rewards.graph.length_tokens`.)"""
     return float(len(completion))
-
-
-def gsm8k_strict(completion: str, example: Mapping[str, Any]) -> float:
-    """Whether the number after "####" is the example's, as the data set's authors score it."""
-    from mlrl.tasks.answers import extract_strict
-
-    return _same_answer(extract_strict(completion), example)
-
-
-def gsm8k_lenient(completion: str, example: Mapping[str, Any]) -> float:
-    """Whether the last number of the completion, however it is written down, is the example's."""
-    from mlrl.tasks.answers import extract_lenient
-
-    return _same_answer(extract_lenient(completion), example)
-
-
-def _same_answer(found: str | None, example: Mapping[str, Any]) -> float:
-    if found is None:
-        return 0.0
-    return float(_last_number(found) == _last_number(str(example["answer"])))
 
 
 def _last_number(text: str) -> float | None:

@@ -1,5 +1,6 @@
 """The shipped rewards: of text, and in the graph."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -43,6 +44,9 @@ def test_exact(completion, answer, reward):
         ("1e3.", "1000", 1.0),
         ("<answer>5</answer> 6", "5", 1.0),
         ("none", "5", 0.0),
+        ("5-3", "3", 1.0),
+        ("2 + -3", "-3", 1.0),
+        ("1,2,3", "3", 1.0),
         ("1000000.5", "1000000", 1.0),  # within 1e-6 of its size
         ("1000002", "1000000", 0.0),
         ("0.0000005", "0", 1.0),
@@ -69,8 +73,7 @@ def test_symbolic_in_workers():
             return texts[ids[0] - 2]
 
     rollout, prompts = rollout_of(list("abcdef"), prompt=""), prompts_of(6)
-    task = task_of(answers)
-    task = type(task)(**{**task.__dict__, "vocabulary": Verbatim()})
+    task = dataclasses.replace(task_of(answers), vocabulary=Verbatim())
     reward = per_completion(shipped.symbolic, timeout_seconds=30.0, workers=1)
     rewards, _ = reward.update((), rollout, prompts, task, None)
     np.testing.assert_array_equal(rewards.outcome, [1, 1, 1, 0, 0, 1])
@@ -179,3 +182,17 @@ def test_puzzle_rewards_know_right_from_wrong(task, reward):
 def test_a_puzzle_reward_on_another_task_says_what_is_missing():
     with pytest.raises(Refused, match="reward 'countdown' raised KeyError: 'numbers'"):
         run(lift(graph.countdown), ["ab"])
+
+
+def test_judges_of_text_tasks_run_in_workers_and_report_apart():
+    class Verbatim:
+        def decode(self, ids):
+            return ["#### 7", "so 7", "8"][ids[0] - 2]
+
+    task = dataclasses.replace(task_of(["7"] * 3), vocabulary=Verbatim())
+    rewards, _ = lift(shipped.gsm8k_score).update(
+        (), rollout_of(list("abc"), prompt=""), prompts_of(3), task, None
+    )
+    np.testing.assert_array_equal(rewards.outcome, [1, 0, 0])
+    np.testing.assert_array_equal(rewards.parts["gsm8k_score/strict"], [1, 0, 0])
+    np.testing.assert_array_equal(rewards.parts["gsm8k_score/lenient"], [1, 1, 0])
