@@ -102,7 +102,10 @@ def _evaluate(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
 
     results = runs.evaluate_run(arguments.run_dir, experiment, _loop_of(experiment),
                                 prompts=arguments.prompts, samples=arguments.samples)  # fmt: skip
-    print(results)
+    for task, found in results.items():
+        for name, r in found.items():
+            print(f"{task}  {name:<8} {r['value']:.3f}  [{r['low']:.3f}, {r['high']:.3f}]  {r['prompts']} prompts")
+    print(f"written to {pathlib.Path(arguments.run_dir, 'results.json')}")
 
 
 def _report(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:

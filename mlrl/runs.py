@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from mlrl import checkpoints, folders, monitoring, writers
-from mlrl.evaluation import Evaluator, Results
-from mlrl.types import Batch, Metrics, Task, TrainState
+from mlrl import checkpoints, folders, meshes, monitoring, writers
+from mlrl.evaluation import Evaluator, Results, evaluator
+from mlrl.types import Batch, Metrics, Refused, Task, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,3 +193,36 @@ def write_results(folder: pathlib.Path, step: int, results: Results) -> None:
     known = [entry for entry in known if entry["step"] < step]
     known += [{"step": step, "task": task, "metrics": found} for task, found in results.items()]
     folders.write_atomically(path, json.dumps({"evaluations": known}, indent=1))
+
+
+def evaluate_run(folder: str | pathlib.Path, experiment: Any, loop: Any, *, prompts: int = 0,
+                 samples: int = 0) -> Results:  # fmt: skip
+    """Evaluates the last checkpoint of a run and adds the results to its results.json.
+
+    Args:
+      folder: the run's folder.
+      experiment: as its config.gin describes it.
+      loop: the module of its loop.
+      prompts, samples: instead of the experiment's own numbers; 0 keeps them.
+    Raises: Refused, if there is no checkpoint, or the experiment names no evaluation.
+    """
+    folder = pathlib.Path(folder)
+    if not experiment.evaluations:
+        raise Refused(f"{folder}/config.gin names no evaluation: set Experiment.evaluations")
+    if checkpoints.latest_step(folder / "checkpoints") is None:
+        raise Refused(f"{folder} has no complete checkpoint: train it first, or name another run folder")
+    changed = {name: value for name, value in (("prompts", prompts), ("samples", samples)) if value}
+    evaluations = tuple(dataclasses.replace(e, **changed) for e in experiment.evaluations)
+    parts = loop.prepare(experiment)
+    with meshes.use(experiment.mesh()) as mesh:
+        whole = meshes.replicated(mesh)
+        placed = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), loop.abstract_state(parts)
+        )
+        manager = checkpoints.open_manager(folder / "checkpoints", read_only=True)
+        state = checkpoints.restore(manager, placed)
+        checkpoints.close(manager)
+        step = int(state.step)
+        results = evaluator(evaluations, parts.model, experiment.rollout_fn)(state.params, step, step)
+    write_results(folder, step, results)
+    return results

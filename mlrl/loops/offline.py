@@ -15,6 +15,7 @@ import optax
 from mlrl import meshes, optimizers, prompts, reductions, runs, scoring
 from mlrl.evaluation import Evaluation, Results, evaluator
 from mlrl.loops import checks
+from mlrl.loops import describe as describe_
 from mlrl.loops.start import random_parameters
 from mlrl.losses.supervised import next_token
 from mlrl.models.transformer import Config, Transformer
@@ -99,7 +100,8 @@ def prepare(experiment: Experiment) -> Parts:
     model = checks.model_for(experiment.model, experiment.task.vocabulary)
     checks.rows_divide(experiment, experiment.rows_per_step)
     parts = Parts(experiment, model, frozenset())
-    batch = jax.eval_shape(lambda: unannotated(_rows(parts, jax.random.key(0), 0)))
+    rollout = _rows(parts, jax.random.key(0), 0)
+    batch = jax.eval_shape(unannotated, rollout)
     parts = dataclasses.replace(parts, reads=frozenset(checks.what_is_read(experiment.losses, (), batch)))
     checks.compatible(experiment.model, parts.reads)
     checks.evaluations_work(experiment.evaluations)
@@ -184,3 +186,23 @@ def warm_start(*, experiment: Experiment) -> Callable[[Transformer, Array], Para
             return train(ours, run).params
 
     return start
+
+
+def describe(parts: Parts) -> str:
+    """What a step and a run are, in words; compiles nothing."""
+    experiment, task = parts.experiment, parts.experiment.task
+    rows, columns = _rows(parts, jax.random.key(0), 0).tokens.shape
+    state = abstract_state(parts)
+    return describe_.table({
+        "a step": [f"{rows} stored rows of {columns} columns", describe_.the_update(experiment, rows)],
+        "a run": f"{experiment.num_steps:,} steps, {experiment.num_steps * rows:,} rows, "
+                 f"{experiment.num_steps * rows / sum(task.sizes):.2f} epochs of {sum(task.sizes):,} prompts ({task.name})",
+        "model": describe_.the_model(parts.model.config, state),
+        "memory": describe_.the_memory(
+            parts.model.config, state, rows=0, columns=columns, scored=columns,
+            update_rows=experiment.micro_batch_rows or rows // experiment.minibatches,
+            vocabulary_size=parts.model.config.vocabulary_size,
+        ) + f"; {experiment.mesh().size} device(s)",
+        "compiled": "the update; two samplers for each evaluation",
+        "evaluated": describe_.the_evaluations(experiment),
+    })  # fmt: skip

@@ -15,6 +15,7 @@ from mlrl import advantages, curricula, meshes, optimizers, reductions, runs, sc
 from mlrl import prompts as prompts_lib
 from mlrl.evaluation import Evaluation, evaluator
 from mlrl.loops import checks
+from mlrl.loops import describe as describe_
 from mlrl.loops.start import random_parameters
 from mlrl.models.transformer import Config, Transformer
 from mlrl.monitoring import step_metrics
@@ -282,3 +283,31 @@ def _abstract_step(parts: Parts) -> tuple[Prompts, Rollout, Rewards]:
     rewards = Rewards(tokens=number(b, length), outcome=number(b), scored=jax.ShapeDtypeStruct((b,), bool),
                       parts={name: number(b) for name in parts.reward.names})  # fmt: skip
     return prompts, rollout, rewards
+
+
+def describe(parts: Parts) -> str:
+    """What a step and a run are, in words, and the rewards of real rows; compiles nothing but the rewards."""
+    experiment, task = parts.experiment, parts.experiment.task
+    prompts, rollout, _ = _abstract_step(parts)
+    state = abstract_state(parts)
+    n, g = experiment.prompts_per_step, experiment.group_size
+    (rows, columns), width = rollout.tokens.shape, prompts.tokens.shape[1]
+    programs = "the whole step" if parts.reward.in_graph else "the rollout, and the update after the host's rewards"
+    reads = sorted(name for name in parts.reads if name in ("Batch.values", "Batch.reference_log_probs"))
+    return describe_.table({
+        "a step": [f"{n} prompts x {g} completions = {rows} rows of {width} + {columns - width} columns, "
+                   f"at most {rows * (columns - width):,} sampled tokens",
+                   describe_.the_update(experiment, rows)],
+        "a run": f"{experiment.num_steps:,} steps, {experiment.num_steps * rows:,} rows, "
+                 f"{experiment.num_steps * n / sum(task.sizes):.2f} epochs of {sum(task.sizes):,} prompts ({task.name})",
+        "model": describe_.the_model(parts.model.config, state),
+        "memory": describe_.the_memory(
+            parts.model.config, state, rows=rows, columns=columns, scored=columns - width,
+            update_rows=experiment.micro_batch_rows or rows // experiment.minibatches,
+            vocabulary_size=parts.model.config.vocabulary_size,
+        ) + f"; {experiment.mesh().size} device(s)",
+        "annotated": ", ".join(["old log-probs", *(name.removeprefix("Batch.") for name in reads)]),
+        "compiled": f"{programs}; two samplers for each evaluation",
+        "evaluated": describe_.the_evaluations(experiment),
+        "rewards": describe_.tried(parts.reward, task),
+    })  # fmt: skip

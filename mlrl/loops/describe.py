@@ -1,0 +1,108 @@
+"""What an experiment would do, in words and numbers, before anything is compiled."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mlrl import prompts as prompts_lib
+from mlrl.evaluation import completions
+from mlrl.models.transformer import Config
+from mlrl.types import Models, Refused, RewardFn, Task, TrainState
+
+
+def size(tree: Any) -> int:
+    """Bytes of all arrays in `tree`, abstract ones too; keys count as nothing."""
+    leaves = [x for x in jax.tree.leaves(tree) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+
+
+def mebibytes(count: float) -> str:
+    """A number of bytes in MiB."""
+    return f"{count / 2**20:,.1f} MiB"
+
+
+def the_update(experiment: Any, rows: int) -> str:
+    """Minibatches, epochs and micro-batches of a step of `rows` rows, in words."""
+    each = rows // experiment.minibatches
+    steps = experiment.epochs * experiment.minibatches
+    micro = experiment.micro_batch_rows
+    pieces = f", in micro-batches of {micro}" if micro and micro != each else ""
+    return (f"{experiment.epochs} epoch(s) x {experiment.minibatches} minibatch(es) = {steps} optimizer step(s) of "
+            f"{each} rows{pieces}")  # fmt: skip
+
+
+def the_model(config: Config, state: TrainState) -> str:
+    """Size and dtypes of the model."""
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
+    head = "tied head" if config.tied_head else "untied head"
+    value = ", value head" if config.value_head else ""
+    return (f"{count:,} parameters ({config.layers} layers of width {config.width}, {config.heads} heads, "
+            f"{config.kv_heads} of keys and values, {head}{value}), computing in {config.dtype}")  # fmt: skip
+
+
+def the_memory(config: Config, state: TrainState, *, rows: int, columns: int, scored: int, update_rows: int,
+               vocabulary_size: int) -> str:  # fmt: skip
+    """The large arrays, per device if there is one; an estimate by formula, not what the compiler will allocate."""
+    width = 2 if config.dtype == "bfloat16" else 4
+    cache = 2 * config.layers * rows * columns * config.kv_heads * config.head_width * width
+    logits = update_rows * scored * vocabulary_size * 4
+    parts = {
+        "parameters": size(state.params), "optimizer": size(state.opt_state), "gradients": size(state.params),
+        "reference": size(state.reference), "KV cache": cache, "logits of an update (fp32)": logits,
+    }  # fmt: skip
+    return ", ".join(f"{name} {mebibytes(count)}" for name, count in parts.items() if count)
+
+
+def the_evaluations(experiment: Any) -> str:
+    """What is measured, and when."""
+    if not experiment.evaluations:
+        return "none: set Experiment.evaluations to measure held-out prompts"
+    return "; ".join(
+        f"{e.task.name}: {e.prompts} prompts, greedy" + (f" and {e.samples} samples each" if e.samples else "")
+        + (f", every {e.every_steps} steps" if e.every_steps else ", before and after")
+        for e in experiment.evaluations
+    )  # fmt: skip
+
+
+def tried(reward: RewardFn, task: Task, *, rows: int = 3) -> list[str]:
+    """The reward of the demonstrations of a few real prompts, a line each."""
+    weights = jnp.asarray(task.rates, jnp.float32)
+    prompts = prompts_lib.draw(task, jax.random.key(0), 0, rows, weights)
+    rollout = prompts_lib.demonstrations(task, jax.random.key(0), 0, rows, weights)
+
+    def unbound(*_, **__):
+        raise Refused("models are bound in the loop")
+
+    try:
+        rewards, _ = reward.update(reward.init(), rollout, prompts, task, Models(unbound, unbound, unbound))
+    except Refused as refusal:
+        if "models are bound" in str(refusal):
+            return ["it asks models, so it can be tried only in a run"]
+        raise
+    rewards, rollout, prompts = jax.device_get((rewards, rollout, prompts))
+    lines = []
+    for b, text in enumerate(completions(rollout, task)):
+        prompt = task.vocabulary.decode(prompts.tokens[b][prompts.valid[b]])
+        earned = ", ".join(f"{name} {float(part[b]):g}" for name, part in rewards.parts.items()
+                           if not name.startswith("unscored/"))  # fmt: skip
+        lines.append(f"{_short(prompt)} -> {_short(text)}: {earned if rewards.scored[b] else 'unscored'}")
+    return lines
+
+
+def table(rows: dict[str, str | list[str]]) -> str:
+    """Names on the left, texts on the right."""
+    width = max(len(name) for name in rows)
+    lines = []
+    for name, texts in rows.items():
+        for i, text in enumerate([texts] if isinstance(texts, str) else texts):
+            lines.append(f"{name if i == 0 else '':<{width}}  {text}")
+    return "\n".join(lines)
+
+
+def _short(text: str, limit: int = 60) -> str:
+    text = repr(text)
+    return text if len(text) <= limit else f"...{text[-limit:]}"
