@@ -42,7 +42,8 @@ def demonstrations(task: Task, key: Array, step: Array | int, rows: int, weights
     Takes and draws exactly what `draw` does.
 
     Returns: Rollout with B = rows, L = P + T. Actions are the target's tokens, EOS included; nobody sampled them, so
-      their behavior log-probs are NaN. A row is truncated if its target was cut before the EOS.
+      their behavior log-probs are NaN. A row is truncated if its target was cut before the EOS. A row
+      without a demonstration has no actions.
     """
     source, index = _choose(task, key, step, rows, weights)
     prompts, (target, target_valid) = task.at(source, index), task.targets(source, index)
@@ -59,7 +60,7 @@ def demonstrations(task: Task, key: Array, step: Array | int, rows: int, weights
         turn=xp.zeros(action_mask.shape, xp.int32),
         role=xp.zeros((rows,), xp.int32),
         group=xp.arange(rows, dtype=xp.int32),
-        truncated=last_token != task.vocabulary.eos_ids[0],
+        truncated=target_valid.any(axis=1) & (last_token != task.vocabulary.eos_ids[0]),
         policy_version=xp.zeros((rows,), xp.int32),
     )
 
