@@ -141,10 +141,9 @@ def final_numbers(study: Study) -> list[dict[str, Any]]:
 
 
 def _end(by_step: Mapping[int, float]) -> list[float]:
-    """The finite values of the last tenth of the steps."""
-    steps = sorted(by_step)
-    values = [by_step[step] for step in steps[-max(1, len(steps) // 10) :]]
-    return [v for v in values if math.isfinite(v)]
+    """The last tenth of the finite values."""
+    values = [value for _, value in sorted(by_step.items()) if math.isfinite(value)]
+    return values[-max(1, len(values) // 10) :]
 
 
 def times(study: Study) -> dict[str, float]:
