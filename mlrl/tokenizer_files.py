@@ -51,7 +51,8 @@ def train_sentencepiece_model(texts: Iterable[str], out_path: str, size: int, *,
             )  # fmt: skip
     except (OSError, RuntimeError) as error:
         out.unlink(missing_ok=True)
-        raise Refused(f"SentencePiece could not train {size} pieces for {out_path}: {_first_line(error)}") from error
+        reason = _first_line(error).rpartition("] ")[2]  # behind the library's own file and line
+        raise Refused(f"SentencePiece could not train {size} pieces for {out_path}: {reason}") from error
     sentencepiece_model.cache_clear()
 
 

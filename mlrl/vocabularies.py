@@ -72,8 +72,7 @@ class SentencePiece:
         model = tokenizer_files.sentencepiece_model(self.path)
         ids = model.encode(text)
         if model.unk_id() in ids:
-            pieces = model.encode(text, out_type="immutable_proto").pieces
-            unknown = next(piece.surface for piece in pieces if piece.id == model.unk_id())
+            unknown = next((character for character in text if model.unk_id() in model.encode(character)), text)
             raise Refused(f"{self.path} has no piece for {unknown!r}, found in {_shown(text)}: use another model, "
                           "or train one with byte_fallback")  # fmt: skip
         return ids
