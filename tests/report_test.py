@@ -92,7 +92,8 @@ def test_everything_that_was_logged_is_drawn_once(tmp_path):
     assert data["evaluations"][0]["rows"][1] == ["12", "0.500 [0.400, 0.900]"]
     numbers = {n["name"]: n for n in data["studies"][0]["numbers"]}
     assert (numbers["sums greedy"]["before"], numbers["sums greedy"]["value"]) == (0, 0.5)
-    assert numbers["reward"]["value"] == 1.0 and numbers["reward"]["low"] is None
+    assert numbers["accuracy"]["value"] == 1.0 and numbers["accuracy"]["low"] is None
+    assert "reward" not in numbers  # it is the accuracy here
 
 
 def test_a_supervised_run_is_read_for_its_loss(tmp_path):
@@ -104,6 +105,18 @@ def test_a_supervised_run_is_read_for_its_loss(tmp_path):
     assert panel(data, "loss")["series"][0]["mean"] == [2.0, None]
     assert [(n["name"], n["value"]) for n in data["studies"][0]["numbers"]] == [("loss", 2.0)]
     assert "sft: 2 steps" in report.summary_table(tmp_path / "sft")
+
+
+def test_of_many_evaluations_the_greedy_ones_and_the_means_are_final_numbers(tmp_path):
+    item = [reading.Evaluated(0, 0.25), reading.Evaluated(9, 0.5)]
+    names = ("sums greedy", "sums mean@4", "sums pass@4", "sums maj@4")
+    metrics = {"reward": {1: 1.0}, "accuracy": {1: 1.0}, "seconds/step": {1: 2.0}}
+    run = reading.RunLog(tmp_path, metrics, {name: item for name in names}, [], "")
+    study = reading.Study("a", [run])
+    assert [n["name"] for n in curves.final_numbers(study)] == ["sums greedy", "sums mean@4", "accuracy"]
+    assert [p["name"] for p in curves.panels([study])[0]["panels"]] == [
+        "sums greedy", "reward", "accuracy", "sums mean@4", "sums pass@4", "sums maj@4"]  # fmt: skip
+    assert curves.times(study) == {"whole step": 2.0}
 
 
 def test_long_runs_are_averaged_in_bins(tmp_path):
@@ -199,5 +212,6 @@ def test_a_real_browser_draws_it_without_a_complaint(tmp_path):
                f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", watched.as_uri()]  # fmt: skip
     dom = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
     assert "<title>a - mlrl report</title>" in dom
-    assert dom.count('role="img"') == 10  # nine panels and the lengths
+    assert dom.count('role="img"') == 5  # greedy, reward, accuracy, grad_norm with its gap, lengths
+    assert 'class="mono">length/mean</span> 4<' in dom  # what never changes is told in words
     assert "Where the time went" in dom and "&lt;/script&gt;&lt;script&gt;alert(1)" in dom

@@ -18,7 +18,7 @@ MAX_SAMPLED_TOKENS = 150_000  # in the whole page
 SECTIONS = {
     "Learning": ("reward", "accuracy"),
     "Reward parts": ("reward/", "unscored/"),
-    "Policy": ("loss", "entropy", "kl/", "ratio/", "grad_norm", "bad_updates", "lr", "loss/"),
+    "Policy": ("loss", "entropy", "kl/", "ratio/", "grad_norm", "bad_updates", "skipped_updates", "lr", "loss/"),
     "Rows": ("length/", "truncated_share", "unscored_share", "zero_spread_share", "kept_share", "padding_share"),
     "Speed": ("tokens_per_second", "seconds/step", "compilations", "tokens"),
 }
@@ -32,6 +32,7 @@ NOTES = {
     "kl/reference": "policy against the frozen reference, raw, per token",
     "grad_norm": "before clipping",
     "bad_updates": "updates skipped in a row, because they were not finite",
+    "skipped_updates": "updates of this step that were skipped, because they were not finite",
     "length/mean": "tokens in a completion",
     "length/max": "tokens in the longest completion",
     "truncated_share": "completions that were full before they ended",
@@ -104,9 +105,6 @@ def panels(studies: Sequence[Study]) -> list[dict[str, Any]]:
     names = [n for n in names if not n.startswith("seconds/") or n == "seconds/step"]
     evaluated = list(dict.fromkeys(n for s in studies for run in s.runs for n in run.evaluations))
     found: dict[str, list] = {section: [] for section in (*SECTIONS, "Everything else")}
-    for name in sorted(evaluated, key=lambda n: ("greedy" not in n, n)):
-        series = [evaluation_curve(study.runs, name) for study in studies]
-        found["Learning"].append({"name": name, "note": "held-out prompts", "points": True, "series": series})
     if "reward" not in names and "loss" in names:  # supervised: the loss is what is learned
         names.remove("loss")
         found["Learning"].append(_panel(studies, "loss"))
@@ -116,6 +114,10 @@ def panels(studies: Sequence[Study]) -> list[dict[str, Any]]:
             names = [n for n in names if n not in taken]
             found[section] += [_panel(studies, n) for n in taken]
     found["Everything else"] = [_panel(studies, n) for n in names]
+    measured = [{"name": n, "note": "held-out prompts", "points": True,
+                 "series": [evaluation_curve(study.runs, n) for study in studies]} for n in evaluated]  # fmt: skip
+    greedy = [panel for panel in measured if panel["name"].endswith(" greedy")]
+    found["Learning"] = [*greedy, *found["Learning"], *(panel for panel in measured if panel not in greedy)]
     return [{"title": title, "panels": kept} for title, kept in found.items() if kept]
 
 
@@ -125,16 +127,24 @@ def _panel(studies: Sequence[Study], name: str) -> dict[str, Any]:
 
 
 def final_numbers(study: Study) -> list[dict[str, Any]]:
-    """The numbers a study is read for: evaluations before and after, then reward and accuracy at the end."""
+    """The numbers a study is read for: evaluations before and after, then accuracy and reward at the end.
+
+    Of many evaluations only the greedy ones and the means are among them; the rest is in the tables below.
+    """
     numbers = []
-    for name in dict.fromkeys(n for run in study.runs for n in run.evaluations):
+    names = list(dict.fromkeys(n for run in study.runs for n in run.evaluations))
+    if len(names) > 3:
+        names = [n for n in names if " greedy" in n or " mean@" in n] or names[:3]
+    for name in names:
         c = evaluation_curve(study.runs, name)
         last = len(c["x"]) - 1
         numbers.append({"name": name, "before": c["mean"][0] if last else None, "value": c["mean"][last],
                         "low": c["low"][last], "high": c["high"][last], "kind": "held-out"})  # fmt: skip
     for name in ("accuracy", "reward", "loss"):
         ends = [float(np.mean(end)) for run in study.runs if (end := _end(run.metrics.get(name, {})))]
-        if ends and not (name == "loss" and numbers):
+        same = name == "reward" and all(run.metrics.get("accuracy") == run.metrics["reward"] for run in study.runs
+                                        if "reward" in run.metrics)  # fmt: skip
+        if ends and not same and not (name == "loss" and numbers):
             value, low, high = _plain(interval(ends))
             numbers.append({"name": name, "before": None, "value": value, "low": low, "high": high, "kind": "training"})
     return numbers
@@ -155,8 +165,9 @@ def times(study: Study) -> dict[str, float]:
         whole = spent.pop("step", 0.0)
         if not spent and not whole:
             continue
-        other = whole - sum(spent.values())
-        for phase, seconds in (spent | ({"other": other} if other > 0.01 * whole else {})).items():
+        rest = whole - sum(spent.values())
+        name = "other" if spent else "whole step"
+        for phase, seconds in (spent | ({name: rest} if rest > 0.01 * whole else {})).items():
             totals.setdefault(phase, []).append(seconds)
     means = {phase: sum(seconds) / len(study.runs) for phase, seconds in totals.items()}
     return {phase: means[phase] for phase in sorted(means, key=lambda p: (p == "other", -means[p]))}

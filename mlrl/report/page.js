@@ -118,13 +118,16 @@ function band(x, low, high, X, Y) {
 }
 
 // The range of the lines, widened to the bands but at most by its own size: two runs give intervals that dwarf them.
-function range(series) {
+function range(series, points) {
   const lines = series.flatMap((s) => s.mean.filter(known));
   if (!lines.length) return null;
   let low = Math.min(...lines), high = Math.max(...lines);
   const room = (high - low) || Math.abs(high) * 0.1 || 1;
   const bands = series.flatMap((s) => [...s.low, ...s.high].filter(known));
-  if (bands.length) {
+  if (bands.length && points && low >= 0 && high <= 1) { // shares of prompts
+    low = Math.max(0, Math.min(low, ...bands));
+    high = Math.min(1, Math.max(high, ...bands));
+  } else if (bands.length) {
     const least = Math.max(Math.min(...bands), low - room), most = Math.min(Math.max(...bands), high + room);
     low = Math.min(low, least);
     high = Math.max(high, most);
@@ -145,7 +148,7 @@ function chart(panel) {
     if (!width) return;
     const shown = panel.series.map((s, i) => ({ ...s, i })).filter((s) => s.x && !hidden.has(s.i));
     body.replaceChildren();
-    const limits = range(shown);
+    const limits = range(shown, panel.points);
     if (!limits) { body.append(el("p", { class: "soft small" }, "no finite value")); return; }
     const yTicks = ticks(limits[0], limits[1], 4), labels = tickLabels(yTicks);
     const left = Math.max(...labels.map((label) => label.length)) * 6.4 + 12, right = 10, top = 6, bottom = 32;
@@ -308,7 +311,7 @@ function tokenColor(mode, row, t, scale) {
 function sampleCard(row, mode, scale) {
   const fact = (name, x) => (known(x) ? el("span", {}, `${name} `, el("b", {}, typeof x === "number" ? format(x) : String(x))) : null);
   const tokens = Array.isArray(row.tokens) ? row.tokens : [];
-  const facts = el("div", { class: "facts" }, fact("reward", row.reward), fact("outcome", row.outcome), Object.entries(row.parts || {}).map(([n, x]) => fact(n, x)),
+  const facts = el("div", { class: "facts" }, fact("reward", row.reward), fact("outcome", row.outcome), Object.entries(row.parts || {}).filter(([n, x]) => x !== 0 || !n.startsWith("unscored/")).map(([n, x]) => fact(n, x)),
     fact("tokens", tokens.length), fact("group", row.group),
     row.truncated ? el("span", { class: "badge warn" }, "truncated") : null, row.scored === false ? el("span", { class: "badge warn" }, "unscored") : null);
   const spans = tokens.map((token, t) => {
@@ -378,8 +381,18 @@ function configSection() {
   return [el("h2", {}, "Configuration"), differences, texts];
 }
 
+// The value of a metric that is the same everywhere: it is told, not drawn.
+function constant(panel) {
+  const values = new Set(panel.series.flatMap((s) => (s ? s.mean : [])));
+  return values.size === 1 && !panel.points ? [...values][0] : undefined;
+}
+
 function section(s) {
-  return [el("h2", {}, s.title), el("div", { class: "grid" }, s.panels.map(chart))];
+  const still = s.panels.filter((p) => known(constant(p)));
+  const drawn = s.panels.filter((p) => !still.includes(p));
+  return [el("h2", {}, s.title), drawn.length ? el("div", { class: "grid" }, drawn.map(chart)) : null,
+    still.length ? el("p", { class: "small still" }, el("span", { class: "soft" }, "The same at every step: "),
+      still.map((p) => el("span", { title: p.note }, el("span", { class: "mono" }, p.name), ` ${format(constant(p))}`))) : null];
 }
 
 const sections = Object.fromEntries(data.sections.map((s) => [s.title, s]));
@@ -389,4 +402,4 @@ page.append(...[
   data.lengths.some(known) ? [el("h2", {}, "Lengths of sampled completions"),
     el("div", { class: "grid" }, data.lengths.map((h, i) => (known(h) ? histogram(h, i) : null)))] : [],
   timeSection(), drawn("Speed"), evaluationSection(), drawn("Everything else"), configSection(),
-].flat(3));
+].flat(3).filter(known));
