@@ -18,6 +18,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parent
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit status. Mistakes of the user's end in one line, with a trace under --debug."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow only reads data here, and has much to say of GPUs
     arguments, overrides = _parse(sys.argv[1:] if argv is None else list(argv))
     try:
         return arguments.command(arguments, overrides) or 0
