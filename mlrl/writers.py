@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -46,7 +47,8 @@ class Writers:
     def close(self) -> None:
         """Closes every file."""
         for close in self._closers:
-            close()
+            with contextlib.suppress(OSError):  # of a full disk, which `write` has refused already
+                close()
 
 
 def open_writers(folder: str | os.PathLike, *, wandb: bool = False, resume_step: int = 0) -> Writers:

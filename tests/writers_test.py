@@ -82,6 +82,15 @@ def test_an_unwritable_folder_is_refused(tmp_path):
         writers.open_writers(tmp_path / "file" / "run")
 
 
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="this system has no /dev/full to write to")
+def test_a_full_disk_is_one_line(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    log = writers.open_writers(tmp_path)
+    with pytest.raises(Refused, match="cannot write .*metrics.jsonl .No space left on device.: make room and run again"):
+        log.write(1, {"reward": 1.0})
+    log.close()
+
+
 def test_tensorboard_reads_the_events_and_hides_undone_steps(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

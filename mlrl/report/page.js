@@ -305,7 +305,7 @@ function tokenColor(mode, row, t, scale) {
   const x = mode === "log-prob" ? row.log_probs[t] : row.advantages[t];
   if (mode === "plain" || !known(x)) return "";
   if (mode === "log-prob") return `rgba(var(--unlikely), ${(0.75 * Math.min(1, -x / 4)).toFixed(2)})`;
-  return `rgba(var(${x > 0 ? "--good" : "--bad"}), ${(0.7 * Math.min(1, Math.abs(x) / scale)).toFixed(2)})`;
+  return `rgba(var(${x > 0 ? "--good" : "--bad"}), ${(0.5 * Math.min(1, Math.abs(x) / scale)).toFixed(2)})`;
 }
 
 function sampleCard(row, mode, scale) {
@@ -353,7 +353,7 @@ function sampleSection() {
     modes.forEach((b) => b.setAttribute("aria-pressed", String(b.textContent === state.mode)));
     const bar = (from, to) => el("i", { style: `background:linear-gradient(90deg, ${from}, ${to})` });
     scale.replaceChildren(...(state.mode === "log-prob" ? ["certain", bar("rgba(var(--unlikely),0)", "rgba(var(--unlikely),.75)"), "p \u2264 0.02"]
-      : state.mode === "advantage" ? [`\u2212${format(largest)}`, el("i", { style: "background:linear-gradient(90deg, rgba(var(--bad),.7), transparent, rgba(var(--good),.7))" }), `+${format(largest)}`] : []));
+      : state.mode === "advantage" ? [`\u2212${format(largest)}`, el("i", { style: "background:linear-gradient(90deg, rgba(var(--bad),.5), transparent, rgba(var(--good),.5))" }), `+${format(largest)}`] : []));
     list.replaceChildren(...here.map((row) => sampleCard(row, state.mode, largest)));
   }
   state.step = Infinity;
