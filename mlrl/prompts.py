@@ -105,8 +105,12 @@ def shuffled_index(key: Array, counter: Array, size: Array | int) -> Array:
       size: [] or [N] integer, 1 <= size <= 2**31; may be traced.
     Returns: [N] int32.
     """
-    counter = jnp.asarray(counter, jnp.uint32)
-    size = jnp.broadcast_to(jnp.asarray(size, jnp.uint32), counter.shape)
+    return _shuffled_index(key, jnp.asarray(counter, jnp.uint32), jnp.asarray(size, jnp.uint32))
+
+
+@jax.jit
+def _shuffled_index(key: Array, counter: Array, size: Array) -> Array:
+    size = jnp.broadcast_to(size, counter.shape)
     epoch, start = counter // size, counter % size
     words = jax.vmap(lambda e: jax.random.bits(jax.random.fold_in(key, e), (2,), jnp.uint32))(epoch)
     half = (33 - lax.clz(jnp.maximum(size - 1, 3))) // 2

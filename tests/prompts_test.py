@@ -31,19 +31,19 @@ def ids_of(task, steps, rows, weights, key=KEY):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 90, 1000, 4097])
 def test_every_epoch_is_a_permutation(size):
-    index = np.asarray(prompts.shuffled_index(KEY, np.arange(3 * size), size)).reshape(3, size)
+    index = np.asarray(prompts.shuffled_index(KEY, np.arange(12_291), size))[: 3 * size].reshape(3, size)
     assert (np.sort(index, axis=1) == np.arange(size)).all()
     if size >= 16:
         assert (index[0] != index[1]).any() and (index[1] != index[2]).any()
 
 
 def test_positions_and_numbers_are_unrelated():
-    """Over 4000 epochs of 5, each number is at each place 800 times, within five standard deviations (25)."""
-    index = np.asarray(prompts.shuffled_index(KEY, np.arange(20_000), 5)).reshape(4000, 5)
+    """Over 2000 epochs of 5, each number is at each place 400 times, within five standard deviations (18)."""
+    index = np.asarray(prompts.shuffled_index(KEY, np.arange(12_291), 5))[:10_000].reshape(2000, 5)
     counts = np.stack([np.bincount(index[:, place], minlength=5) for place in range(5)])
-    assert (abs(counts - 800) < 5 * 25.3).all()
-    long = np.asarray(prompts.shuffled_index(KEY, np.arange(10_000), 10_000))
-    assert abs(np.corrcoef(long, np.arange(10_000))[0, 1]) < 0.05
+    assert (abs(counts - 400) < 5 * 17.9).all()
+    long = np.asarray(prompts.shuffled_index(KEY, np.arange(12_291), 12_291))
+    assert abs(np.corrcoef(long, np.arange(12_291))[0, 1]) < 0.05
     assert abs(np.corrcoef(long[1:], long[:-1])[0, 1]) < 0.05
 
 
@@ -56,8 +56,8 @@ def test_the_largest_sizes_and_counters_stay_in_range():
 def test_size_may_be_traced_and_differ_by_row():
     counter, size = jnp.arange(60), jnp.asarray([3, 10, 50] * 20)
     index = jax.jit(prompts.shuffled_index)(KEY, counter, size)
-    alone = [int(prompts.shuffled_index(KEY, counter[i : i + 1], int(size[i]))[0]) for i in range(9)]
-    assert index[:9].tolist() == alone
+    alone = np.stack([prompts.shuffled_index(KEY, counter, n) for n in (3, 10, 50)])
+    assert index.tolist() == alone[np.arange(60) % 3, np.arange(60)].tolist()
 
 
 def test_an_epoch_visits_every_example_once_across_batches():
