@@ -1,0 +1,103 @@
+"""N steps are k + (N - k) steps, bitwise: parameters, optimizer, metrics; also after kill -9 at any moment."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+import worlds  # noqa: E402
+
+from mlrl import runs  # noqa: E402
+from mlrl.loops import online  # noqa: E402
+
+TIMES = ("seconds/", "tokens_per_second", "compilations")
+
+
+def train(folder, **changes):
+    experiment = worlds.sums(**changes)
+    with runs.Run(folder, experiment.recording) as run:
+        return online.train(experiment, run)
+
+
+def logged(folder):
+    """Every line of metrics.jsonl without what a clock says."""
+    lines = [json.loads(line) for line in pathlib.Path(folder, "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines]
+
+
+def assert_same(state, other):
+    unkeyed = lambda s: jax.tree.leaves(jax.device_get(s.replace(key=jax.random.key_data(s.key))))  # noqa: E731
+    for a, b in zip(unkeyed(state), unkeyed(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return train(folder), folder
+
+
+def test_resuming_is_bitwise_across_epoch_borders(undisturbed, tmp_path):
+    state, folder = undisturbed
+    assert int(state.step) == 24 and 24 * 8 > 2 * 90, "the run must cross epoch borders"
+    for stop in (6, 13):  # 13 steps leave the last one of them for a run that was shorter
+        train(tmp_path, num_steps=stop)
+    resumed = train(tmp_path)
+    assert_same(state, resumed)
+    by_step = {line["step"]: line for line in logged(tmp_path)}
+    for line in logged(folder):
+        if "eval/held_out/greedy" in line or line["step"] not in (6, 13):
+            common = line.keys() & by_step[line["step"]].keys()
+            assert {k: line[k] for k in common} == {k: by_step[line["step"]][k] for k in common}
+    assert [line["step"] for line in logged(tmp_path)] == list(range(25))
+
+
+def test_host_rewards_and_their_state_resume_too(tmp_path):
+    whole = train(tmp_path / "whole", reward_fn=worlds.first_digit, num_steps=8, evaluations=())
+    train(tmp_path / "parts", reward_fn=worlds.first_digit, num_steps=3, evaluations=())
+    assert_same(whole, train(tmp_path / "parts", reward_fn=worlds.first_digit, num_steps=8, evaluations=()))
+
+
+def test_a_random_reward_resumes_its_own_randomness(tmp_path):
+    from mlrl.rewards import graph
+
+    whole = train(tmp_path / "whole", reward_fn=graph.random(), num_steps=8, evaluations=())
+    train(tmp_path / "parts", reward_fn=graph.random(), num_steps=5, evaluations=())
+    assert_same(whole, train(tmp_path / "parts", reward_fn=graph.random(), num_steps=8, evaluations=()))
+
+
+def test_kill_9_at_a_random_moment_loses_nothing(undisturbed, tmp_path):
+    state, folder = undisturbed
+    program = (
+        f"import sys; sys.path.insert(0, {str(HERE)!r}); import worlds; from mlrl import runs; "
+        "from mlrl.loops import online; e = worlds.sums()\n"
+        f"with runs.Run({str(tmp_path)!r}, e.recording) as run: online.train(e, run)"
+    )
+    root = HERE.parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    chance, kills = random.Random(0), 0
+    for _ in range(2):
+        process = subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.DEVNULL)
+        log = tmp_path / "metrics.jsonl"
+        start, target = time.time(), chance.randint(2, 20)
+        while process.poll() is None and time.time() - start < 120:
+            if log.is_file() and len(log.read_text().splitlines()) > target:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+            time.sleep(0.003)
+        process.wait()
+    assert kills, "the run was over before it could be killed"
+    assert_same(state, train(tmp_path))
+    assert [line["step"] for line in logged(tmp_path)] == [line["step"] for line in logged(folder)]
+    assert logged(tmp_path) == logged(folder)

@@ -1,0 +1,36 @@
+"""Experiments so small that a test can run them whole."""
+
+import functools
+
+from mlrl import optimizers, runs
+from mlrl.evaluation import Evaluation
+from mlrl.loops import online
+from mlrl.losses import policy
+from mlrl.meshes import data_mesh
+from mlrl.models.transformer import Config
+from mlrl.rewards import graph
+from mlrl.rollouts.single_turn import single_turn
+from mlrl.tasks import puzzles
+
+TINY = Config(width=16, layers=1, heads=2, kv_heads=1, head_width=8, mlp_width=24)
+ROLLOUT = functools.partial(single_turn, max_completion_tokens=3)
+ONE_DEVICE = functools.partial(data_mesh, devices=1)
+
+
+def first_digit(completion: str, example) -> float:
+    """A host reward that even a random model earns now and then."""
+    return float(completion[:1] == example["answer"][:1])
+
+
+def sums(**changes) -> online.Experiment:
+    """One-digit sums: 90 training prompts, so that 24 steps of 8 prompts cross two epoch borders."""
+    task = puzzles.arithmetic(digits=1)
+    held_out = puzzles.arithmetic(digits=1, split="test", name="held_out")
+    evaluation = Evaluation(held_out, graph.arithmetic, prompts=8, samples=2, every_steps=8)
+    settings = dict(
+        task=task, reward_fn=graph.arithmetic, losses=(policy.ppo_clip,), num_steps=24, model=TINY,
+        prompts_per_step=8, group_size=4, rollout_fn=ROLLOUT, optimizer=optimizers.adamw(learning_rate=3e-3),
+        minibatches=2, evaluations=(evaluation,), mesh=ONE_DEVICE,
+        recording=runs.Recording(save_every_steps=6, samples_every_steps=5, samples_rows=2),
+    )  # fmt: skip
+    return online.Experiment(**{**settings, **changes})
