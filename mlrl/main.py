@@ -186,7 +186,7 @@ def _near_miss(message: str) -> str:
     import gin
 
     quoted = re.findall(r"'([\w./]+)'", message)
-    known = [selector for _, selector in gin.config._CONFIG] + list(gin.config._REGISTRY)
+    known = [selector for _, selector in gin.config._CONFIG] + [selector for selector, _ in gin.config._REGISTRY.items()]
     known += [name.rpartition(".")[2] for name in known]
     for name in quoted:
         close = difflib.get_close_matches(name, [k for k in known if k != name], n=1, cutoff=0.8)
