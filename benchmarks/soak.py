@@ -23,11 +23,13 @@ MOST_GROWTH = 0.02  # of the memory after warming up
 
 
 def memory_mib(process):
-    """Resident memory of a process and of those it started, in MiB; 0.0 once it is gone."""
+    """Memory of a process and of those it started, in MiB, without the pages of files, which the system takes back
+    when others need room; 0.0 once it is gone."""
     total = 0
     for one in [process, *process.children(recursive=True)]:
         try:
-            total += one.memory_info().rss
+            info = one.memory_info()
+            total += info.rss - getattr(info, "shared", 0)
         except psutil.NoSuchProcess:
             pass
     return total / 2**20
@@ -70,6 +72,7 @@ def verdict(seen, rows):
         "warm_mib": float(start + slope * steps[0]),
         "mib_per_100_steps": float(100 * slope),
         "growth_share": float(slope * (steps[-1] - steps[0]) / (start + slope * steps[0])),
+        "mib_by_step": [[int(step), round(mib, 1)] for step, mib in seen[:: max(1, len(seen) // 40)]],
         "compilations_when_warm": first,
         "compilations_after": {str(step): count - first for step, count in compilations.items() if count != first},
     }
