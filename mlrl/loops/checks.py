@@ -20,6 +20,9 @@ from mlrl.types import Batch, LossFn, Models, Refused, RewardFn, Scores, Task, V
 from mlrl.updates import check_division, fields_read, total_loss
 
 
+_ASKS_MODELS = "models are bound in the loop"
+
+
 def model_for(config: Config, vocabulary: Vocabulary) -> Transformer:
     """The model of `config`, with an embedding for every id of the vocabulary."""
     size = config.vocabulary_size or vocabulary.size
@@ -83,20 +86,19 @@ def evaluations_work(evaluations: Sequence[Evaluation]) -> None:
 def rewards_work(reward: RewardFn, task: Task, *, rows: int = 2) -> None:
     """Tries the reward on demonstrations of real prompts: a raise, a hang, a wrong type or shape shows before compiling."""
     weights = jnp.asarray(task.rates, jnp.float32)
-    prompts = prompts_lib.draw(task, jax.random.key(0), 0, rows, weights)
-    rollout = prompts_lib.demonstrations(task, jax.random.key(0), 0, rows, weights)
 
     def unbound(*_, **__):
-        raise Refused("models are bound in the loop")
+        raise Refused(_ASKS_MODELS)
 
-    run = lambda: reward.update(reward.init(), rollout, prompts, task, Models(unbound, unbound, unbound))  # noqa: E731
-    if reward.in_graph:
-        try:
-            rewards, _ = jax.eval_shape(run)
-        except Refused as refusal:
-            if "models are bound" in str(refusal):
-                return
-            raise
-    else:
-        rewards, _ = run()
+    def attempt() -> Any:
+        prompts = prompts_lib.draw(task, jax.random.key(0), 0, rows, weights)
+        rollout = prompts_lib.demonstrations(task, jax.random.key(0), 0, rows, weights)
+        return reward.update(reward.init(), rollout, prompts, task, Models(unbound, unbound, unbound))[0]
+
+    try:
+        rewards = jax.eval_shape(attempt) if reward.in_graph and task.in_graph else attempt()
+    except Refused as refusal:
+        if _ASKS_MODELS in str(refusal):
+            return
+        raise
     rewards.check()

@@ -100,8 +100,7 @@ def prepare(experiment: Experiment) -> Parts:
     model = checks.model_for(experiment.model, experiment.task.vocabulary)
     checks.rows_divide(experiment, experiment.rows_per_step)
     parts = Parts(experiment, model, frozenset())
-    rollout = _rows(parts, jax.random.key(0), 0)
-    batch = jax.eval_shape(unannotated, rollout)
+    batch = jax.eval_shape(unannotated, _abstract_rows(parts))
     parts = dataclasses.replace(parts, reads=frozenset(checks.what_is_read(experiment.losses, (), batch)))
     checks.compatible(experiment.model, parts.reads)
     checks.evaluations_work(experiment.evaluations)
@@ -121,6 +120,12 @@ def row_source(parts: Parts) -> Callable[[TrainState, int], Rollout]:
 def _rows(parts: Parts, key: Array, step: Array | int) -> Rollout:
     task = parts.experiment.task
     return parts.experiment.rows_fn(task, key, step, parts.experiment.rows_per_step, jnp.asarray(task.rates))
+
+
+def _abstract_rows(parts: Parts) -> Rollout:
+    """Shapes and dtypes of a step's rows."""
+    rows = functools.partial(_rows, parts)
+    return jax.eval_shape(lambda: rows(jax.random.key(0), 0)) if parts.experiment.task.in_graph else rows(jax.random.key(0), 0)
 
 
 def learn(parts: Parts, state: TrainState, rollout: Rollout) -> tuple[TrainState, Metrics, Batch]:
@@ -191,7 +196,7 @@ def warm_start(*, experiment: Experiment) -> Callable[[Transformer, Array], Para
 def describe(parts: Parts) -> str:
     """What a step and a run are, in words; compiles nothing."""
     experiment, task = parts.experiment, parts.experiment.task
-    rows, columns = _rows(parts, jax.random.key(0), 0).tokens.shape
+    rows, columns = _abstract_rows(parts).tokens.shape
     state = abstract_state(parts)
     return describe_.table({
         "a step": [f"{rows} stored rows of {columns} columns", describe_.the_update(experiment, rows)],

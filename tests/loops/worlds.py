@@ -8,9 +8,10 @@ from mlrl.loops import online
 from mlrl.losses import policy
 from mlrl.meshes import data_mesh
 from mlrl.models.transformer import Config
-from mlrl.rewards import graph
+from mlrl.rewards import combinators, graph
 from mlrl.rollouts.single_turn import single_turn
 from mlrl.tasks import puzzles
+from mlrl.types import RewardFn
 
 TINY = Config(width=16, layers=1, heads=2, kv_heads=1, head_width=8, mlp_width=24)
 ROLLOUT = functools.partial(single_turn, max_completion_tokens=3)
@@ -22,13 +23,18 @@ def first_digit(completion: str, example) -> float:
     return float(completion[:1] == example["answer"][:1])
 
 
+def noisy_verifier() -> RewardFn:
+    """The verifier and a little noise: a reward with a state."""
+    return combinators.weighted_sum([graph.arithmetic, graph.random()], [1.0, 0.1])
+
+
 def sums(**changes) -> online.Experiment:
     """One-digit sums: 90 training prompts, so that 24 steps of 8 prompts cross two epoch borders."""
     task = puzzles.arithmetic(digits=1)
     held_out = puzzles.arithmetic(digits=1, split="test", name="held_out")
     evaluation = Evaluation(held_out, graph.arithmetic, prompts=8, samples=2, every_steps=8)
     settings = dict(
-        task=task, reward_fn=graph.arithmetic, losses=(policy.ppo_clip,), num_steps=24, model=TINY,
+        task=task, reward_fn=noisy_verifier(), losses=(policy.ppo_clip,), num_steps=24, model=TINY,
         prompts_per_step=8, group_size=4, rollout_fn=ROLLOUT, optimizer=optimizers.adamw(learning_rate=3e-3),
         minibatches=2, evaluations=(evaluation,), mesh=ONE_DEVICE,
         recording=runs.Recording(save_every_steps=6, samples_every_steps=5, samples_rows=2),
