@@ -34,7 +34,7 @@ def gsm8k(
 
     Args:
       path: a folder that holds train.jsonl and test.jsonl (or .jsonl.gz), with "question" and "answer"; or one such
-        file, which is read whatever `split` is; or "tfds:gsm8k" to read it from TensorFlow Datasets.
+        file, which is read whatever `split` is; or "tfds:gsm8k:1.0.0" to read it from TensorFlow Datasets.
       split: "train" or "test".
       tfds_data_dir: where TensorFlow Datasets keeps its files, if not in its default place.
       template: question -> prompt, such as vocabularies.as_user_message(...).

@@ -175,6 +175,8 @@ def tfds_source(
         values = tf.numpy_function(features, [raw[key] for key in keys], [tf.string] * len(_FEATURES))
         return {key: tf.reshape(value, []) for key, value in zip(_FEATURES, values)}
 
+    if ":" not in tfds_name:
+        raise Refused(f"the TensorFlow Dataset {tfds_name!r} needs its version, such as '{tfds_name}:1.0.0'")
     source = seqio.TfdsDataSource(tfds_name, tfds_data_dir=data_dir or None, splits=splits)
     return _task(name, source, (lambda dataset: dataset.map(convert),), vocabulary)
 
