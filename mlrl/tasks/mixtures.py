@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ def mixture(tasks: Sequence[Task], rates: Sequence[float] = (), *, name: str = "
     if different is not None:
         raise Refused(f"mixture {name}: {tasks[0].name} and {different.name} must have the same vocabulary")
     if len(tasks) == 1:
-        return tasks[0]
+        return tasks[0] if name == tasks[0].name else dataclasses.replace(tasks[0], name=name)
     in_graph = all(task.in_graph for task in tasks)
     part_of = np.repeat(np.arange(len(tasks), dtype=np.int32), [len(task.sources) for task in tasks])
     within = np.concatenate([np.arange(len(task.sources), dtype=np.int32) for task in tasks])

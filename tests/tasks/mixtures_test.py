@@ -63,6 +63,8 @@ def test_rates_are_normalized_and_nested():
 def test_one_task_is_its_own_mixture():
     task = stored("a")
     assert mixture([task]) is task
+    named = mixture([task], name="m")
+    assert (named.name, named.sources) == ("m", ("a",))
 
 
 @pytest.mark.parametrize(
