@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import inspect
 import logging
 import os
 import pathlib
+import pkgutil
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -71,10 +73,11 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     folder = arguments.run_dir or f"runs/{pathlib.Path(arguments.experiment).stem}"
     experiment, config = load(arguments.experiment, overrides)
     from mlrl import folders, runs
+    from mlrl.loops import checks
 
-    loop = _loop_of(experiment)
-    loop.prepare(experiment)
-    _refuse_unused()
+    loop, parts = _prepared(experiment)
+    if hasattr(parts, "reward"):
+        checks.rewards_are_finite(parts.reward, experiment.task)
     folders.claim_run_folder(folder, config, may_differ=("num_steps",))
     pathlib.Path(folder, "operative_config.gin").write_text(_operative_config())
     with runs.Run(folder, experiment.recording) as run:
@@ -89,10 +92,19 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 def _check(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     experiment, _ = load(arguments.experiment, overrides)
+    loop, parts = _prepared(experiment)
+    print(loop.describe(parts))
+
+
+def _prepared(experiment: Any) -> tuple[Any, Any]:
+    """(the loop's module, the experiment's parts): all that can be wrong before compiling has been refused."""
+    from mlrl.loops import checks
+
+    checks.nouns(experiment)
     loop = _loop_of(experiment)
     parts = loop.prepare(experiment)
     _refuse_unused()
-    print(loop.describe(parts))
+    return loop, parts
 
 
 def _evaluate(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
@@ -133,7 +145,6 @@ def load(path: str, overrides: dict[str, str] | None = None) -> tuple[Any, str]:
     Raises: Refused, or gin's own errors, which the command line shortens to one line.
     """
     import gin
-
     from mlrl.types import Refused
 
     _require_file(pathlib.Path(path), "name an experiment's gin file")
@@ -165,14 +176,15 @@ def _gin_errors(path: str) -> Iterator[None]:
     except Refused:
         raise
     except Exception as error:
-        raise Refused(f"{path}: {_one_line(error)}{_near_miss(str(error))}") from error
+        raise Refused(_gin_words(path, error)) from error
     finally:
         logging.root.setLevel(level)
 
 
 def _one_line(error: Exception) -> str:
     """The error in one line: gin's notes on where it happened are kept, its advice to developers is not."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = re.sub(r"(In call to configurable '.+?') \(<.+>\)", r"\1", str(error))  # no reprs of functions
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     text = "; ".join(line for line in lines if not line.startswith(("No values supplied", "Gin had values bound")))
     from mlrl.types import Refused
 
@@ -181,18 +193,71 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text or 'no message'} (--debug shows the trace)"
 
 
-def _near_miss(message: str) -> str:
-    """A name that exists and looks like the quoted one that does not, or nothing."""
+def _gin_words(path: str, error: Exception) -> str:
+    """Where in the gin files a mistake is and what to change, in one line."""
     import gin
 
-    quoted = re.findall(r"'([\w./]+)'", message)
-    known = [selector for _, selector in gin.config._CONFIG] + [selector for selector, _ in gin.config._REGISTRY.items()]
-    known += [name.rpartition(".")[2] for name in known]
-    for name in quoted:
-        close = difflib.get_close_matches(name, [k for k in known if k != name], n=1, cutoff=0.8)
-        if close:
-            return f": did you mean {close[0]!r}?"
-    return ""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename or path}:{error.lineno}: {error.msg} found {(error.text or '').strip()!r}"
+    text = str(error)
+    place = re.search(r'In file "(.+?)", line (\d+)|In bindings string line \d+\n\s*(.+)', text)
+    where = f"{path}: "
+    if place:
+        where = f"override {place[3].strip()}: " if place[3] else f"{place[1]}:{place[2]}: "
+    for pattern, words, names in _GIN_SAYS:
+        found = re.search(pattern, text)
+        if found:
+            known = names(gin.config, *found.groups())
+            close = difflib.get_close_matches(found[found.lastindex], [k for k in known if k != found[1]], n=1)
+            return where + words.format(*found.groups()) + (f": did you mean {close[0]!r}?" if close else "")
+    return where + _one_line(error)
+
+
+def _nothing(*_: Any) -> list[str]:
+    return []
+
+
+def _parameters(config: Any, configurable: str, _: str) -> list[str]:
+    wrapped = [c.wrapped for name, c in config._REGISTRY.items() if f".{name}".endswith(f".{configurable}")]
+    return [name for one in wrapped for name in inspect.signature(one).parameters]
+
+
+def _attributes(config: Any, module: str, _: str) -> list[str]:
+    return list(vars(sys.modules.get(module, config)))
+
+
+def _modules(config: Any, name: str) -> list[str]:
+    parent, dot, _ = name.rpartition(".")
+    folders = getattr(sys.modules.get(parent), "__path__", [os.getcwd()])
+    return [parent + dot + module.name for module in pkgutil.iter_modules(folders)]
+
+
+def _selectors(config: Any, _: str) -> list[str]:
+    selectors = [name.split(".") for name, _ in config._REGISTRY.items()]
+    return [".".join(parts[-n:]) for parts in selectors for n in (1, 2)]
+
+
+def _macros(config: Any, _: str) -> list[str]:
+    return [scope for scope, selector in config._CONFIG if selector == "gin.macro"]
+
+
+# What gin says of a mistake; what there is to change, around the quoted groups; names that may have been meant.
+_GIN_SAYS = (
+    (r"Configurable '([^']+)' doesn't have a parameter named '([^']+)'", "{0} has no parameter {1!r}", _parameters),
+    (r"<module '([^']+)' from '[^']+'> has no attribute (\w+)", "there is no {1!r} in {0}", _attributes),
+    (r"'([^']+)' was not provided by an import", "import {0} in this file before it is named", _nothing),
+    (r"No configurable matching (?:reference )?'@?([^']+)'", "no gin file of the experiment names {0!r}",
+     _selectors),
+    (r"No module named '([^']+)'", "there is no module {0!r} on the path or in this folder", _modules),
+    (r"No bindings specified for '([^']+)/gin.macro'", "the macro {0} has no value: write {0} = VALUE, or give "
+     "--gin.{0}=VALUE", _macros),
+    (r"(\w+)/macro\.value set to `%gin.REQUIRED`", "the macro {0} needs a value: give --gin.{0}=VALUE", _nothing),
+    (r"(\S+) set to `%gin.REQUIRED`", "{0} needs a value: bind it, or give --gin.{0}=VALUE", _nothing),
+    (r"(?s)for arguments: \[(.+?)\].*In call to configurable '(\w+)'", "{1} needs {0}: bind them, or "
+     "write @{1} without () to name the function", _nothing),
+    (r"Unable to open file: (.+?)\. Searched", "there is no gin file {0} in this folder or in mlrl's gin library",
+     _nothing),
+)  # fmt: skip
 
 
 def _refuse_unused() -> None:
@@ -201,7 +266,6 @@ def _refuse_unused() -> None:
     Preparing an experiment traces everything that it will run, so that what is not used by then is never used.
     """
     import gin
-
     from mlrl.types import Refused
 
     bound, used = gin.config._CONFIG, set()
@@ -228,10 +292,11 @@ def _override(name: str, value: str) -> str:
     """A command-line override as a line of gin; text that gin cannot read as a value becomes a string."""
     import gin
 
-    try:
-        gin.config_parser.ConfigParser(f"x = {value}", gin.config.ParserDelegate()).parse_statement()
-    except Exception:
-        value = repr(value)
+    if not value.startswith(("@", "%")):
+        try:
+            gin.config_parser.ConfigParser(f"x = {value}", gin.config.ParserDelegate()).parse_statement()
+        except Exception:
+            value = repr(value)
     return f"{name} = {value}"
 
 

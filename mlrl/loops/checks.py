@@ -3,24 +3,52 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from mlrl import prompts as prompts_lib
 from mlrl import scoring
-from mlrl.evaluation import Evaluation
+from mlrl.evaluation import Evaluation, completions
 from mlrl.models.transformer import Config, Transformer
+from mlrl.rewards.completions import name_of
 from mlrl.rewards.lifting import lift
 from mlrl.sampling import Sampling
-from mlrl.types import Batch, LossFn, Models, Refused, RewardFn, Scores, Task, Vocabulary
+from mlrl.types import (
+    Batch,
+    CurriculumFn,
+    LossFn,
+    Models,
+    Prompts,
+    Refused,
+    RewardFn,
+    Rewards,
+    Rollout,
+    Scores,
+    Task,
+    Vocabulary,
+)
 from mlrl.updates import check_division, fields_read, total_loss
 
-
 _ASKS_MODELS = "models are bound in the loop"
+
+
+def nouns(experiment: Any) -> None:
+    """Fields hold what their names say; a function stands nowhere that its result belongs."""
+    kinds = {"task": Task, "model": Config, "sampling": Sampling, "optimizer": optax.GradientTransformation,
+             "curriculum": CurriculumFn, "losses": Sequence, "evaluations": Sequence}  # fmt: skip
+    for name, kind in kinds.items():
+        value = getattr(experiment, name, ())
+        if value != () and not isinstance(value, kind):
+            hint = f": call it, as @{name_of(value)}()" if callable(value) and kind is not Sequence else ""
+            shown = name_of(value) if callable(value) else repr(value)
+            wanted = "tuple, as (@name,)" if kind is Sequence else kind.__name__
+            raise Refused(f"Experiment.{name} must be a {wanted}, got {shown}{hint}")
 
 
 def model_for(config: Config, vocabulary: Vocabulary) -> Transformer:
@@ -35,6 +63,8 @@ def model_for(config: Config, vocabulary: Vocabulary) -> Transformer:
 def rows_divide(experiment: Any, rows: int) -> None:
     """The rows of a step divide into minibatches, micro-batches and devices."""
     for name in ("num_steps", "minibatches", "epochs", "prompts_per_step", "rows_per_step", "group_size"):
+        if not isinstance(getattr(experiment, name, 1), int):
+            raise Refused(f"Experiment.{name} must be a whole number, got {getattr(experiment, name)!r}")
         if getattr(experiment, name, 1) < 1:
             raise Refused(f"Experiment.{name} must be at least 1, got {getattr(experiment, name)}")
     check_division(rows, experiment.minibatches, experiment.micro_batch_rows)
@@ -71,7 +101,7 @@ def sampling_fits(sampling: Sampling, old_log_probs: Callable, reads: set[str] |
                       "Sampling.top_k = 0 and top_p = 1.0, or Experiment.old_log_probs = "
                       "@scoring.recomputed_log_probs")  # fmt: skip
     if sampling.temperature == 0.0:
-        raise Refused("Sampling.temperature is 0.0 (greedy), so all completions of a group are the same: set it above 0")
+        raise Refused("Sampling.temperature is 0.0 (greedy), so all completions of a group are alike: set it above 0")
 
 
 def evaluations_work(evaluations: Sequence[Evaluation]) -> None:
@@ -84,21 +114,43 @@ def evaluations_work(evaluations: Sequence[Evaluation]) -> None:
 
 
 def rewards_work(reward: RewardFn, task: Task, *, rows: int = 2) -> None:
-    """Tries the reward on demonstrations of real prompts: a raise, a hang, a wrong type or shape shows before compiling."""
-    weights = jnp.asarray(task.rates, jnp.float32)
-
-    def unbound(*_, **__):
-        raise Refused(_ASKS_MODELS)
-
-    def attempt() -> Any:
-        prompts = prompts_lib.draw(task, jax.random.key(0), 0, rows, weights)
-        rollout = prompts_lib.demonstrations(task, jax.random.key(0), 0, rows, weights)
-        return reward.update(reward.init(), rollout, prompts, task, Models(unbound, unbound, unbound))[0]
-
+    """Tries the reward on demonstrations of real prompts: a raise, hang, wrong type or shape shows before compiling."""
+    attempt = functools.partial(_attempt, reward, task, rows)
     try:
-        rewards = jax.eval_shape(attempt) if reward.in_graph and task.in_graph else attempt()
+        rewards, _, _ = jax.eval_shape(attempt) if reward.in_graph and task.in_graph else attempt()
     except Refused as refusal:
         if _ASKS_MODELS in str(refusal):
             return
         raise
     rewards.check()
+
+
+def rewards_are_finite(reward: RewardFn, task: Task, *, rows: int = 2) -> None:
+    """Refuses a reward in the graph that is NaN or infinite on each of a few demonstrations; compiles only it."""
+    if not (reward.in_graph and task.in_graph):
+        return  # its values were seen by rewards_work, or will be in the first step
+    try:
+        rewards, rollout, prompts = jax.device_get(jax.jit(functools.partial(_attempt, reward, task, rows))())
+    except Refused as refusal:
+        if _ASKS_MODELS in str(refusal):
+            return
+        raise
+    if not rewards.scored.any():
+        guilty = [name for name, part in rewards.parts.items() if name.startswith("unscored/") and part.all()]
+        names = ", ".join(repr(name.removeprefix("unscored/")) for name in guilty)
+        prompt = task.vocabulary.decode(prompts.tokens[0][prompts.valid[0]])
+        raise Refused(f"reward {names} returned NaN or infinity for each of {rows} demonstrations, as of the prompt "
+                      f"{prompt!r} and completion {completions(rollout, task)[0]!r}")  # fmt: skip
+
+
+def _attempt(reward: RewardFn, task: Task, rows: int) -> tuple[Rewards, Rollout, Prompts]:
+    """The rewards of demonstrations of real prompts. Raises Refused with _ASKS_MODELS if they need models."""
+    weights = jnp.asarray(task.rates, jnp.float32)
+    prompts = prompts_lib.draw(task, jax.random.key(0), 0, rows, weights)
+    rollout = prompts_lib.demonstrations(task, jax.random.key(0), 0, rows, weights)
+
+    def unbound(*_, **__):
+        raise Refused(_ASKS_MODELS)
+
+    models = Models(unbound, unbound, unbound)
+    return reward.update(reward.init(), rollout, prompts, task, models)[0], rollout, prompts
