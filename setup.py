@@ -18,7 +18,7 @@ setup(
     # __init__.py: from the root of a checkout, `import gin` would otherwise find it and not gin-config.
     packages=[*find_packages(include=["mlrl", "mlrl.*"]), "mlrl.gin"],
     package_dir={"mlrl.gin": "gin"},
-    package_data={"mlrl.gin": ["**/*.gin"]},
+    package_data={"mlrl.gin": ["**/*.gin"], "mlrl.report": ["*.css", "*.js"]},
     install_requires=[
         "chex>=0.1.90",
         "cloudpickle>=3.0",

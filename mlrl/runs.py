@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import operator
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -162,7 +163,7 @@ def sample_rows(batch: Batch, task: Task, step: int, rows: int) -> list[dict[str
     batch = jax.device_get(jax.tree.map(lambda x: x[:rows], batch))
     samples = []
     for b in range(batch.mask.shape[0]):
-        row = jax.tree.map(lambda x: x[b], batch)
+        row = jax.tree.map(operator.itemgetter(b), batch)
         said = row.rollout.action_mask
         seen = row.rollout.valid & ~said
         samples.append({

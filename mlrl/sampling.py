@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from mlrl.types import Array, Refused
 
 
-
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn: temperature (0.0: greedy), then top-k (0: off), then top-p (1.0: off)."""

@@ -152,4 +152,5 @@ def test_bfloat16_keeps_fp32_log_probs():
     rollout = sample()
     scores = score(model, params(), rollout, first_column=P)
     assert scores.log_probs.dtype == jnp.float32
-    assert largest_gap(rollout) < float(jnp.max(jnp.abs(scores.log_probs - rollout.behavior_log_probs)[rollout.action_mask])) < 1.0
+    gap = jnp.abs(scores.log_probs - rollout.behavior_log_probs)[rollout.action_mask]
+    assert largest_gap(rollout) < float(jnp.max(gap)) < 1.0

@@ -101,9 +101,8 @@ def test_token_mean_is_one_mean_over_all_tokens():
 def test_minibatches_and_epochs_make_optimizer_steps():
     for minibatches, epochs in ((1, 1), (4, 1), (2, 3), (1, 2)):
         after, _ = run(batch(), minibatches=minibatches, epochs=epochs)
-        assert int(optax.tree_utils.tree_get(after.opt_state, "count", filtering=lambda p, _: "ScaleByAdam" in str(p))) == (
-            minibatches * epochs
-        )
+        count = optax.tree_utils.tree_get(after.opt_state, "count", filtering=lambda p, _: "ScaleByAdam" in str(p))
+        assert int(count) == minibatches * epochs
 
 
 def test_a_batch_without_actions_changes_nothing_and_is_finite():

@@ -21,7 +21,18 @@ from mlrl.losses.supervised import next_token
 from mlrl.models.transformer import Config, Transformer
 from mlrl.monitoring import row_metrics
 from mlrl.rollouts.single_turn import single_turn
-from mlrl.types import Array, Batch, LossFn, Metrics, Params, ReductionFn, Rollout, RolloutFn, Task, TrainState
+from mlrl.types import (
+    Array,
+    Batch,
+    LossFn,
+    Metrics,
+    Params,
+    ReductionFn,
+    Rollout,
+    RolloutFn,
+    Task,
+    TrainState,
+)
 from mlrl.updates import unannotated, update
 
 
