@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ from mlrl import metrics, prompts
 from mlrl.models.transformer import Transformer
 from mlrl.rewards.lifting import lift
 from mlrl.sampling import GREEDY, Sampling
-from mlrl.types import Models, Params, RewardFn, Rollout, RolloutFn, Task
+from mlrl.types import Models, Params, Refused, RewardFn, Rollout, RolloutFn, Task
 
 Results = dict[str, dict[str, dict[str, float]]]  # task -> metric -> {"value", "low", "high"}
 
@@ -59,12 +59,14 @@ def evaluator(evaluations: Sequence[Evaluation], model: Transformer, rollout_fn:
     measures = [(evaluation, _measure(evaluation, model, rollout_fn)) for evaluation in evaluations]
 
     def evaluate(params: Params, step: int, last_step: int) -> Results:
-        return {e.task.name: measure(params) for e, measure in measures if e.due(step, last_step)}
+        due = (measure(params) for e, measure in measures if e.due(step, last_step))
+        return {name: found for results in due for name, found in results.items()}
 
     return Evaluator(evaluate, lambda step, last: any(e.due(step, last) for e in evaluations))
 
 
-def _measure(evaluation: Evaluation, model: Transformer, rollout_fn: RolloutFn) -> Callable[[Params], Mapping]:
+def _measure(evaluation: Evaluation, model: Transformer, rollout_fn: RolloutFn) -> Callable[[Params], Results]:
+    """params -> results of the task, and of each of its sources if it has several."""
     task, reward = evaluation.task, lift(evaluation.reward_fn)
     batch = prompts.first(task, evaluation.prompts)
 
@@ -87,14 +89,19 @@ def _measure(evaluation: Evaluation, model: Transformer, rollout_fn: RolloutFn) 
         answers = [evaluation.answer(text) for text in completions(rollout, task)]
         return correct.reshape(-1, group_size), np.asarray(answers, object).reshape(-1, group_size)
 
-    def measure(params: Params) -> dict[str, dict[str, float]]:
+    def measure(params: Params) -> Results:
         key = jax.random.key(evaluation.seed)
         correct, _ = outcomes(greedy(params, batch, key), 1)
-        results = {"greedy": _interval(correct[:, 0])}
-        if evaluation.samples:
-            correct, answers = outcomes(sampled(params, batch, key), evaluation.samples)
-            results |= _sampled_results(correct, answers)
-        return results
+        more = outcomes(sampled(params, batch, key), evaluation.samples) if evaluation.samples else ()
+
+        def results(own: np.ndarray) -> dict[str, dict[str, float]]:
+            found = {"greedy": _interval(correct[own, 0])}
+            return found | (_sampled_results(more[0][own], more[1][own]) if more else {})
+
+        sources = np.asarray(batch.source)
+        by_source = {f"{task.name}/{task.sources[s]}": results(sources == s) for s in np.unique(sources)}
+        everything = {task.name: results(np.ones_like(sources, bool))}
+        return everything | (by_source if len(task.sources) > 1 else {})
 
     return measure
 
@@ -128,8 +135,6 @@ def _interval(x: np.ndarray) -> dict[str, float]:
 
 def _no_models(task: Task) -> Models:
     def refuse(*_, **__):
-        from mlrl.types import Refused
-
         raise Refused(f"the evaluation of {task.name!r} uses a reward that asks models: name one that does not")
 
     return Models(refuse, refuse, refuse)

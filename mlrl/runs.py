@@ -75,7 +75,7 @@ class Run:
         if checkpoints.latest_step(self.folder / "checkpoints") is None:
             return jax.device_put(make(), sharding)
         placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
-        return checkpoints.restore(self._checkpoints, placed)
+        return checkpoints.restore(self._checkpoints, placed).check()
 
     def begin(self, task: Task, num_steps: int, evaluate: Evaluator, state: TrainState) -> None:
         """Opens the logs at the state's step; before the first step, evaluates and saves."""
@@ -128,6 +128,7 @@ class Run:
         values |= {f"seconds/{name}": spent for name, spent in self._phases.items()}
         values |= {"seconds/step": seconds, "compilations": monitoring.compilations()}
         values["tokens_per_second"] = values["tokens"] / seconds
+        values |= {f"tokens_per_second/{name}": values["tokens"] / s for name, s in self._phases.items()}
         self._phases = {}
         results = self._evaluated(state, step) if state is not None else {}
         self._writers.write(step, values | _flat(results))

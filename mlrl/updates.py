@@ -83,8 +83,10 @@ def gradients(params: Params, batch: Batch, *, score_fn: ScoreFn, losses: Sequen
     """
 
     def loss(params: Params, rows: Batch) -> tuple[Array, Metrics]:
-        value, metrics = total_loss(losses, score_fn(params, rows.rollout), rows)
-        return value, metrics | {"loss": value}
+        scores = score_fn(params, rows.rollout).check()
+        value, metrics = total_loss(losses, scores, rows)
+        entropy = jnp.sum(rows.token_weights * jnp.where(rows.mask, jax.lax.stop_gradient(scores.entropy), 0.0))
+        return value, metrics | {"loss": value, "entropy": entropy}
 
     grad_fn = jax.grad(loss, has_aux=True)
     rows = batch.mask.shape[0]
@@ -123,7 +125,7 @@ def update(
     Returns: the state after the last optimizer step, and metrics averaged over the optimizer steps.
     Raises: Refused when the rows do not divide.
     """
-    rows = batch.mask.shape[0]
+    rows = batch.check().mask.shape[0]
     check_division(rows, minibatches, micro_batch_rows)
 
     def optimizer_step(state: TrainState, rows: Batch) -> tuple[TrainState, Metrics]:

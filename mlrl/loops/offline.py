@@ -136,7 +136,8 @@ def _rows(parts: Parts, key: Array, step: Array | int) -> Rollout:
 def _abstract_rows(parts: Parts) -> Rollout:
     """Shapes and dtypes of a step's rows."""
     rows = functools.partial(_rows, parts)
-    return jax.eval_shape(lambda: rows(jax.random.key(0), 0)) if parts.experiment.task.in_graph else rows(jax.random.key(0), 0)
+    draw = lambda: rows(jax.random.key(0), 0)  # noqa: E731
+    return jax.eval_shape(draw) if parts.experiment.task.in_graph else draw()
 
 
 def learn(parts: Parts, state: TrainState, rollout: Rollout) -> tuple[TrainState, Metrics, Batch]:
@@ -210,9 +211,10 @@ def describe(parts: Parts) -> str:
     rows, columns = _abstract_rows(parts).tokens.shape
     state = abstract_state(parts)
     return describe_.table({
+        "task": f"{task.name}: {', '.join(task.sources)}",
         "a step": [f"{rows} stored rows of {columns} columns", describe_.the_update(experiment, rows)],
-        "a run": f"{experiment.num_steps:,} steps, {experiment.num_steps * rows:,} rows, "
-                 f"{experiment.num_steps * rows / sum(task.sizes):.2f} epochs of {sum(task.sizes):,} prompts ({task.name})",
+        "a run": f"{experiment.num_steps:,} steps, {experiment.num_steps * rows:,} rows, about "
+                 f"{experiment.num_steps * rows / sum(task.sizes):.2f} epochs of {sum(task.sizes):,} prompts",
         "model": describe_.the_model(parts.model.config, state),
         "memory": describe_.the_memory(
             parts.model.config, state, rows=0, columns=columns, scored=columns,

@@ -147,7 +147,7 @@ def prompt_source(parts: Parts) -> Callable[[TrainState, int], Prompts]:
 
     if experiment.task.in_graph:
         draw = jax.jit(draw)
-    return lambda state, step: draw(state.key, step, state.curriculum)
+    return lambda state, step: draw(state.key, step, state.curriculum).check()
 
 
 def step_function(parts: Parts, run: runs.Run) -> Callable[[TrainState, Prompts], tuple[TrainState, Metrics, Batch]]:
@@ -182,14 +182,16 @@ def sample_rows(parts: Parts, state: TrainState, prompts: Prompts) -> Rollout:
             parts.model, state.params, meshes.split_rows(prompts), step_key(state, 0),
             vocabulary=experiment.task.vocabulary, sampling=experiment.sampling,
             group_size=experiment.group_size, policy_version=state.step,
-        )
+        ).check()
     )  # fmt: skip
 
 
 def reward_rows(parts: Parts, state: TrainState, rollout: Rollout, prompts: Prompts) -> tuple[Rewards, Any]:
     """What the rows earned, and the reward's next state."""
     rows = prompts_lib.repeat(prompts, parts.experiment.group_size)
-    return parts.reward.update(state.reward, rollout, rows, parts.experiment.task, models(parts, state, prompts))
+    bound = models(parts, state, prompts)
+    rewards, reward_state = parts.reward.update(state.reward, rollout, rows, parts.experiment.task, bound)
+    return rewards.check(), reward_state
 
 
 def learn(parts: Parts, state: TrainState, prompts: Prompts, rollout: Rollout,
@@ -296,11 +298,12 @@ def describe(parts: Parts) -> str:
     programs = "the whole step" if parts.reward.in_graph else "the rollout, and the update after the host's rewards"
     reads = sorted(name for name in parts.reads if name in ("Batch.values", "Batch.reference_log_probs"))
     return describe_.table({
+        "task": f"{task.name}: {', '.join(task.sources)}",
         "a step": [f"{n} prompts x {g} completions = {rows} rows of {width} + {columns - width} columns, "
                    f"at most {rows * (columns - width):,} sampled tokens",
                    describe_.the_update(experiment, rows)],
         "a run": f"{experiment.num_steps:,} steps, {experiment.num_steps * rows:,} rows, "
-                 f"{experiment.num_steps * n / sum(task.sizes):.2f} epochs of {sum(task.sizes):,} prompts ({task.name})",
+                 f"{experiment.num_steps * n / sum(task.sizes):.2f} epochs of {sum(task.sizes):,} prompts",
         "model": describe_.the_model(parts.model.config, state),
         "memory": describe_.the_memory(
             parts.model.config, state, rows=rows, columns=columns, scored=columns - width,
