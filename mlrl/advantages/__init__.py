@@ -1,0 +1,70 @@
+"""Advantage functions: batch -> (advantages [B,L], returns [B,L]), over the whole batch and before it is split.
+
+The mathematics is in `mlrl.groups` (across rows) and `mlrl.returns` (along rows). A row's score is the sum of its
+reward tokens. Advantages are 0 outside batch.mask; nothing is whitened unless the name says so. Returns are
+undiscounted rewards-to-go wherever no value function defines them better.
+"""
+
+from mlrl.advantages.along import (
+    fixed_chunks,
+    gae,
+    last_value,
+    length_adaptive_gae,
+    macro_gae,
+    no_bootstrap,
+    reinforce,
+    reinforce_pp,
+    step_level,
+    turn_level,
+    turns,
+)
+from mlrl.advantages.relative import (
+    RoleBaseline,
+    by_score,
+    gdpo,
+    grpo,
+    maxrl,
+    opo,
+    reinforce_pp_baseline,
+    remax,
+    rloo,
+    role_conditioned,
+    role_relative,
+    spo,
+)
+from mlrl.advantages.rows import row_scores, whiten
+from mlrl.advantages.targets import kto, trajectory_balance
+from mlrl.advantages.wrappers import kl_in_reward, whitened, without_outliers
+
+__all__ = [
+    "RoleBaseline",
+    "by_score",
+    "fixed_chunks",
+    "gae",
+    "gdpo",
+    "grpo",
+    "kl_in_reward",
+    "kto",
+    "last_value",
+    "length_adaptive_gae",
+    "macro_gae",
+    "maxrl",
+    "no_bootstrap",
+    "opo",
+    "reinforce",
+    "reinforce_pp",
+    "reinforce_pp_baseline",
+    "remax",
+    "rloo",
+    "role_conditioned",
+    "role_relative",
+    "row_scores",
+    "spo",
+    "step_level",
+    "trajectory_balance",
+    "turn_level",
+    "turns",
+    "whiten",
+    "whitened",
+    "without_outliers",
+]

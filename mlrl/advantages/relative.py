@@ -1,0 +1,208 @@
+"""Advantages of a row relative to other rows: of its group, of its role, or of the past."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mlrl import groups
+from mlrl import returns as along
+from mlrl.advantages.rows import Pair, reward_tokens, row_scores, spread, whiten
+from mlrl.types import Array, Batch, Refused
+
+
+def grpo(
+    batch: Batch,
+    *,
+    baseline: groups.Statistic = groups.group_mean,
+    scale: groups.Statistic = groups.group_std,
+    ddof: int = 1,
+    eps: float = 1e-6,
+    alone: Callable[[Array, Array], Array] = groups.alone_zero,
+    tolerance: float = 1e-6,
+) -> Pair:
+    """Group-relative advantages, one per row: `groups.group_relative` of the row scores, arguments as there.
+
+    Dr. GRPO: scale=groups.no_scale, eps=0.0. REINFORCE with a batch baseline: baseline=groups.batch_mean,
+    alone=groups.alone_as_computed.
+
+    Returns:
+        (advantages, returns).
+
+    Reference: Shao et al. 2024, "DeepSeekMath".
+    """
+    relative = groups.group_relative(
+        row_scores(batch),
+        batch.rollout.group,
+        batch.rewards.scored,
+        baseline=baseline,
+        scale=scale,
+        ddof=ddof,
+        eps=eps,
+        alone=alone,
+        tolerance=tolerance,
+    )
+    return spread(batch, relative)
+
+
+def rloo(batch: Batch) -> Pair:
+    """Score minus the mean of the group's other rows; a row alone gets 0.
+
+    Reference: Ahmadian et al. 2024, "Back to Basics".
+    """
+    return grpo(batch, baseline=groups.leave_one_out_mean, scale=groups.no_scale, eps=0.0)
+
+
+def reinforce_pp_baseline(batch: Batch) -> Pair:
+    """REINFORCE++-baseline: score minus the group mean, whitened over the tokens of the batch.
+
+    Reference: Hu 2025, "REINFORCE++".
+    """
+    advantages, returns = grpo(batch, scale=groups.no_scale, eps=0.0)
+    return whiten(advantages, batch.mask), returns
+
+
+def opo(batch: Batch) -> Pair:
+    """Score minus the group's length-weighted mean, sum(n_j R_j) / sum(n_j) with n_j actions; no scale.
+
+    Reference: Hao et al. 2025, "On-Policy RL with Optimal Reward Baseline". Meant for strictly on-policy updates.
+    """
+    scores, group, scored = row_scores(batch), batch.rollout.group, batch.rewards.scored
+    lengths = batch.rollout.action_mask.sum(axis=1).astype(jnp.float32)
+    weighted = groups.total(lengths * scores, group, scored)
+    difference = scores - weighted / jnp.maximum(groups.total(lengths, group, scored), 1.0)
+    alone = groups.zero_spread(scores, group, scored)
+    return spread(batch, jnp.where(scored & ~alone, difference, 0.0))
+
+
+def maxrl(batch: Batch, *, eps: float = 1e-6) -> Pair:
+    """(R - m) / (m + eps) with the group mean m; groups with m <= 0 get 0. For non-negative scores.
+
+    Reference: Tajwar et al. 2026, "Maximum Likelihood Reinforcement Learning".
+    """
+    scores, group, scored = row_scores(batch), batch.rollout.group, batch.rewards.scored
+    mean = groups.group_mean(scores, group, scored)
+    centred = groups.group_relative(scores, group, scored, scale=groups.no_scale, eps=0.0)
+    return spread(batch, jnp.where(mean > 0, centred / jnp.where(mean > 0, mean + eps, 1.0), 0.0))
+
+
+def gdpo(batch: Batch, *, weights: Mapping[str, float], ddof: int = 1, eps: float = 1e-4) -> Pair:
+    """Each reward part is standardized in its group by itself, then summed with weights and whitened over tokens.
+
+    Args:
+        batch: reads rewards.parts.
+        weights: weight of each part, by name.
+        ddof: of the group's standard deviation, and of the whitening.
+        eps: added to the group's standard deviation.
+
+    Returns:
+        (advantages, returns).
+
+    Raises:
+        Refused: if a named part is missing.
+
+    Reference: Liu et al. 2026, "GDPO".
+    """
+    group, scored = batch.rollout.group, batch.rewards.scored
+    total = jnp.zeros(group.shape, jnp.float32)
+    for name, weight in weights.items():
+        if name not in batch.rewards.parts:
+            have = ", ".join(sorted(batch.rewards.parts)) or "none"
+            raise Refused(f"advantages.gdpo: weights names the reward part {name!r}, but the parts are {have}")
+        part = batch.rewards.parts[name]
+        total = total + weight * groups.group_relative(part, group, scored, ddof=ddof, eps=eps)
+    advantages, returns = spread(batch, total)
+    return whiten(advantages, batch.mask, ddof=ddof), returns
+
+
+def remax(batch: Batch, *, greedy_role: int = 1) -> Pair:
+    """Reward-to-go minus the score of the group's greedy row.
+
+    Args:
+        batch: its greedy rows have role `greedy_role` and share the group of their samples; they get 0 here, and
+            `selection.keep_role` takes them out of the loss. A group without one gets 0.
+        greedy_role: role of the greedy rows.
+
+    Returns:
+        (advantages, returns).
+
+    Reference: Li et al. 2023, "ReMax".
+    """
+    greedy = batch.rewards.scored & (batch.rollout.role == greedy_role)
+    baseline = groups.group_mean(row_scores(batch), batch.rollout.group, greedy)
+    usable = (groups.count(batch.rollout.group, greedy) > 0) & ~greedy & batch.rewards.scored
+    to_go = along.reward_to_go(reward_tokens(batch), batch.mask)
+    return jnp.where(batch.mask & usable[:, None], to_go - baseline[:, None], 0.0), to_go
+
+
+def by_score(batch: Batch, *, tolerance: float = 1e-6) -> Array:
+    """P(row i beats row j) by the rows' own scores: 1 for the higher, 1/2 for a tie within the tolerance: [B,B]."""
+    difference = row_scores(batch)[:, None] - row_scores(batch)[None, :]
+    return jnp.where(jnp.abs(difference) <= tolerance, 0.5, (difference > 0).astype(jnp.float32))
+
+
+def spo(batch: Batch, *, preference_fn: Callable[[Batch], Array] = by_score) -> Pair:
+    """How often a row beats the other rows of its group, minus their mean (1/2 if the judge is symmetric); no scale.
+
+    Args:
+        batch: the rows.
+        preference_fn: batch -> [B,B], the probability that row i beats row j; by_score, or a judge's.
+
+    Returns:
+        (advantages, returns).
+
+    Reference: Swamy et al. 2024, "A Minimaximalist Approach to RLHF"; the rate itself is `groups.win_rate`.
+    """
+    group, scored = batch.rollout.group, batch.rewards.scored
+    rate = jax.lax.stop_gradient(groups.win_rate(preference_fn(batch), group, scored))
+    return spread(batch, groups.group_relative(rate, group, scored, scale=groups.no_scale, eps=0.0))
+
+
+def role_relative(batch: Batch, *, ddof: int = 1, eps: float = 1e-8) -> Pair:
+    """Scores standardized over all rows of the same role (TRR++ with one task), each row counting once.
+
+    Reference: Zhao et al. 2025, "Absolute Zero", whose statistics count tokens rather than rows.
+    """
+    role = batch.rollout.role
+    ids = jnp.argmax(role[:, None] == role[None, :], axis=1)  # the first row of the role: an id below B
+    relative = groups.group_relative(row_scores(batch), ids, batch.rewards.scored, ddof=ddof, eps=eps)
+    return spread(batch, relative)
+
+
+class RoleBaseline(NamedTuple):
+    """A stateful advantage: init() -> state; update(state, batch, game [B]) -> ((advantages, returns), state)."""
+
+    init: Callable[[], Any]
+    update: Callable[..., tuple[Pair, Any]]
+
+
+def role_conditioned(*, games: int, roles: int, decay: float = 0.95) -> RoleBaseline:
+    """Score minus a running mean kept for each game and role: A = R - b, then b <- decay^n b + (1 - decay^n) mean R.
+
+    n is how many rows of the batch belong to that game and role. All rows see the old b (the authors update row by
+    row), so the order of rows does not matter.
+
+    Args:
+        games: how many games; ids lie in [0, games).
+        roles: how many roles.
+        decay: per row.
+
+    Returns:
+        RoleBaseline; its state is [games, roles] float32, from 0.
+
+    Reference: Liu et al. 2025, "SPIRAL".
+    """
+
+    def update(state: Array, batch: Batch, game: Array) -> tuple[Pair, Array]:
+        scores, scored = row_scores(batch), batch.rewards.scored
+        where = (game, batch.rollout.role)
+        n = jnp.zeros((games, roles), jnp.float32).at[where].add(scored)
+        mean = jnp.zeros((games, roles), jnp.float32).at[where].add(scores) / jnp.maximum(n, 1.0)
+        kept = decay**n
+        relative = jnp.where(scored, scores - state[where], 0.0)
+        return spread(batch, relative), kept * state + (1.0 - kept) * mean
+
+    return RoleBaseline(init=lambda: jnp.zeros((games, roles), jnp.float32), update=update)
