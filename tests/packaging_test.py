@@ -1,6 +1,7 @@
 """mlrl as others get it: a wheel that brings its gin library along, and imports that cost nothing until used."""
 
 import importlib
+import json
 import os
 import pathlib
 import shutil
@@ -17,9 +18,9 @@ HEAVY = ("jax", "flax", "tensorflow", "seqio", "orbax", "matplotlib")
 
 def python(*arguments, cwd, pythonpath):
     """Runs this interpreter on `arguments` and returns what it did; the checkout is on no path but `pythonpath`."""
-    environment = {**os.environ, "PYTHONPATH": str(pythonpath), "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "PYTHONPATH": str(pythonpath), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
 
 
 def checked(done):
@@ -82,3 +83,87 @@ def test_modules_are_found_by_name_and_strangers_are_not():
     assert {"reductions", "losses", "types"} <= set(dir(mlrl))
     with pytest.raises(AttributeError, match="no attribute 'reduction'"):
         mlrl.reduction  # noqa: B018
+
+
+# What a user writes in a folder of their own: a task, a reward, a curriculum, and a gin file that names them.
+MY_TASKS = """
+import mlrl
+from mlrl.tasks.mixtures import mixture
+from mlrl.tasks.tables import table
+from mlrl.vocabularies import characters
+
+VOCABULARY = characters("abcdefgh=")
+
+
+def copying():
+    vowels, consonants = ([{"prompt": f"{c}=", "answer": c} for c in letters] for letters in ("ae", "bcdfgh"))
+    print("mlrl lies in", mlrl.__file__)
+    return mixture([table(vowels, VOCABULARY, name="vowels"), table(consonants, VOCABULARY, name="consonants")],
+                   name="copying")
+"""
+
+MY_REWARDS = """
+def copied(completion, example, *, bonus=0.0):
+    return {"reward": bonus + (completion == example["answer"]), "outcome": float(completion == example["answer"])}
+"""
+
+MY_CURRICULA = """
+import jax.numpy as jnp
+from mlrl.types import CurriculumFn
+
+
+def consonants_only():
+    def init(task):
+        return jnp.asarray([float(name == "consonants") for name in task.sources])
+
+    return CurriculumFn(init, lambda state: state, lambda state, prompts, batch: state)
+"""
+
+MY_GIN = """
+from __gin__ import dynamic_registration
+include 'gin/methods/grpo.gin'
+from mlrl import runs
+from mlrl.loops import online
+from mlrl.models import transformer
+from mlrl.rollouts import single_turn
+import my_curricula
+import my_rewards
+import my_tasks
+
+STEPS = 2
+online.Experiment.task = @my_tasks.copying()
+online.Experiment.reward_fn = @my_rewards.copied
+my_rewards.copied.bonus = 0.25
+online.Experiment.curriculum = @my_curricula.consonants_only()
+online.Experiment.prompts_per_step = 8
+online.Experiment.group_size = 2
+runs.Recording.samples_every_steps = 1
+runs.Recording.samples_rows = 16
+transformer.Config.width = 16
+transformer.Config.layers = 1
+transformer.Config.heads = 2
+transformer.Config.kv_heads = 1
+transformer.Config.head_width = 8
+transformer.Config.mlp_width = 24
+single_turn.single_turn.max_completion_tokens = 2
+"""
+
+
+def test_a_users_own_modules_are_named_in_their_gin_file_and_train(installed, tmp_path):
+    written = {"my_tasks.py": MY_TASKS, "my_rewards.py": MY_REWARDS, "my_curricula.py": MY_CURRICULA, "my.gin": MY_GIN}
+    for name, text in written.items():
+        (tmp_path / name).write_text(text)
+    done = checked(python("-m", "mlrl", "train", "my.gin", "--run_dir", "run", cwd=tmp_path, pythonpath=installed))
+    assert f"mlrl lies in {installed}" in done.stdout
+    run = tmp_path / "run"
+    assert {"config.gin", "operative_config.gin", "metrics.jsonl", "samples.jsonl", "checkpoints"} <= {
+        path.name for path in run.iterdir()
+    }
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps if "loss" in line] == [1, 2]
+    rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 * 16
+    assert {row["prompt"] for row in rows} <= {f"{c}=" for c in "bcdfgh"}  # the curriculum
+    for row in rows:  # the reward, and its knob, which a worker process was told
+        right = float(row["completion"] == row["prompt"][0])
+        assert (row["scored"], row["outcome"], row["reward"]) == (True, right, 0.25 + right)
