@@ -20,7 +20,7 @@ EXPERIMENTS = sorted(path.relative_to(REPO).as_posix() for path in REPO.glob("ex
 METHODS = sorted(path.stem for path in REPO.glob("gin/methods/*.gin"))
 FILES = sorted(path.relative_to(REPO).as_posix() for path in REPO.glob("gin/**/*.gin")) + EXPERIMENTS
 LOADED_QUICKLY = {"experiments/quickstart/grpo.gin", "experiments/quickstart/random_reward.gin"}
-RUN_QUICKLY = {"experiments/quickstart/grpo.gin", "ppo_shared", "trajectory_balance"}  # make test-all runs them all
+RUN_QUICKLY = {"experiments/quickstart/grpo.gin", "ppo_shared"}  # make test-all runs them all
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
