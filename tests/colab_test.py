@@ -13,8 +13,9 @@ NOTEBOOK = REPO / "colab" / "quickstart.ipynb"
 
 
 @pytest.fixture(scope="module")
-def executed():
+def executed(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("runs")))
         patch.setenv("MLRL_TINY", "1")
         patch.setenv("PYTHONPATH", str(REPO))
         patch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
