@@ -7,11 +7,14 @@ from setuptools import find_packages, setup
 
 _HERE = pathlib.Path(__file__).resolve().parent
 _VERSION = re.search(r'^__version__ = "(.+)"$', (_HERE / "mlrl" / "__init__.py").read_text(), re.M).group(1)
+_README = _HERE / "README.md"  # a part of the source may be built without it
 
 setup(
     name="mlrl",
     version=_VERSION,
     description="Reinforcement learning for language models, in JAX",
+    long_description=_README.read_text() if _README.is_file() else "",
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
     # The gin library is a folder of its own in the checkout, and mlrl/gin/ once installed. It must stay without an
