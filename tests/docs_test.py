@@ -1,0 +1,122 @@
+"""The README and docs/: their files are written out and prepared or trained, their links lead somewhere."""
+
+import contextlib
+import json
+import pathlib
+import re
+import sys
+
+import pytest
+
+from mlrl import main
+
+REPO = pathlib.Path(__file__).resolve().parent.parent
+PAGES = (REPO / "README.md", *sorted((REPO / "docs").glob("*.md")))
+TEXTS = {page.relative_to(REPO).as_posix(): page.read_text() for page in PAGES}
+
+# A block whose opening line names a file, as ```gin my_experiment.gin, is that file; examples build on each other.
+BLOCK = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.M | re.S)
+BLOCKS = [(page, *found.groups()) for page, text in TEXTS.items() for found in BLOCK.finditer(text)]
+FILES = {name: text for _, _, name, text in BLOCKS if name}
+EXPERIMENTS = [name for name in FILES if name.endswith(".gin")]
+
+TINY = ("--gin.Config.width=16", "--gin.Config.layers=1", "--gin.Config.heads=2", "--gin.Config.kv_heads=1",
+        "--gin.Config.head_width=8", "--gin.Config.mlp_width=24")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder outside of the checkout with every file that the README and docs/ show."""
+    folder = tmp_path_factory.mktemp("docs")
+    for name, text in FILES.items():
+        (folder / name).write_text(text)
+    with contextlib.chdir(folder):
+        path = list(sys.path)
+        sys.path.insert(0, str(folder))
+        yield folder
+        sys.path[:] = path
+
+
+def test_the_pages_have_the_examples_that_they_are_for():
+    shown = {page: [name for where, _, name, _ in BLOCKS if where == page and name] for page in TEXTS}
+    assert shown["README.md"] == ["my_rewards.py", "my_experiment.gin"]
+    assert len(shown["docs/own_reward.md"]) >= 6 and len(shown["docs/own_method.md"]) >= 4
+    assert len(FILES) == sum(map(len, shown.values())), "two blocks are files of the same name"
+
+
+def test_every_block_of_python_or_gin_is_a_file_and_so_is_run():
+    assert [(page, text) for page, kind, name, text in BLOCKS if kind in ("python", "gin") and not name] == []
+
+
+def test_a_reward_takes_twelve_lines():
+    assert FILES["my_rewards.py"].count("\n") <= 12
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_can_be_prepared_and_uses_all_that_it_binds(name, folder):
+    experiment, _ = main.load(name)
+    main._prepared(experiment)
+
+
+def test_the_reward_of_the_readme_is_right():
+    module = {}
+    exec(FILES["my_rewards.py"], module)
+    judge = module["right_digits"]
+    assert judge("12", {"answer": "12"}) == {"reward": 1.0, "outcome": 1.0}
+    assert judge("13", {"answer": "12"}) == {"reward": 0.5, "outcome": 0.0}
+    assert judge("121", {"answer": "12"}) == {"reward": pytest.approx(2 / 3), "outcome": 0.0}
+    assert judge("", {"answer": "12"}) == {"reward": 0.0, "outcome": 0.0}
+
+
+def test_the_readme_s_command_trains(folder, capsys):
+    (command,) = re.findall(r"^mlrl (train my_experiment\.gin.*)$", TEXTS["README.md"], re.M)
+    small = ("--gin.STEPS=2", "--gin.online.Experiment.prompts_per_step=8", *TINY)
+    assert main.main([*command.split(), *small]) == 0, capsys.readouterr().err
+    run = folder / "runs" / "my_experiment"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines][-2:] == [1, 2]
+    assert "reward/right_digits/outcome" in lines[-1]
+    assert (run / "report.html").is_file()
+    table = re.search(r"^\| file \| .*?\n\n", TEXTS["docs/run_folder.md"], re.M | re.S).group()
+    told = set(re.findall(r"^\| `([\w.]+)/?`", table, re.M))
+    there = {path.name for path in run.iterdir() if not path.name.startswith(".")}
+    assert told - {"results.json"} == there - {"results.json"}  # there is none without an evaluation
+
+
+def test_links_and_named_files_exist():
+    missing = []
+    for page, text in TEXTS.items():
+        prose = BLOCK.sub("", text)
+        links = [link for link in re.findall(r"\]\(([^)#]+)\)", prose) if "://" not in link]
+        missing += [(page, link) for link in links if not (REPO / page).parent.joinpath(link).exists()]
+        paths = re.findall(r"`((?:mlrl|gin|experiments|docs|tests|benchmarks|colab)/[\w./-]+)`", prose)
+        missing += [(page, path) for path in paths if not (REPO / path).exists()]
+        modules = re.findall(r"`mlrl\.([\w.]+)`", prose)
+        missing += [(page, name) for name in modules if not _module_or_attribute(name)]
+    assert missing == []
+
+
+def _module_or_attribute(dotted):
+    """Whether mlrl.<dotted> is a file of the package, or a name written in one."""
+    *parents, last = dotted.split(".")
+    inside = REPO.joinpath("mlrl", *parents)
+    if (inside / f"{last}.py").is_file() or (inside / last).is_dir():
+        return True
+    source = inside.with_suffix(".py") if inside.with_suffix(".py").is_file() else inside / "__init__.py"
+    return re.search(rf"\b{last}\b", source.read_text()) is not None
+
+
+def test_commands_and_knobs_that_are_named_exist():
+    words = "\n".join(TEXTS.values())
+    for command in set(re.findall(r"^mlrl (\w+)|`mlrl (\w+)", words, re.M)):
+        with pytest.raises(SystemExit) as stopped:
+            main.main(["".join(command), "--help"])
+        assert stopped.value.code == 0, command
+    targets = re.findall(r"^([\w-]+):", (REPO / "Makefile").read_text(), re.M)
+    assert set(re.findall(r"^make ([\w-]+)|`make ([\w-]+)", words, re.M)) <= {
+        pair for target in targets for pair in ((target, ""), ("", target))
+    }
+
+
+def test_the_picture_is_small():
+    assert 0 < (REPO / "docs" / "report.png").stat().st_size < 300_000
