@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from mlrl import divergences, importance, reductions
 from mlrl.losses import surrogates
-from mlrl.types import Array, Batch, LossFn, Metrics, Scores
+from mlrl.types import Array, Batch, Metrics, Scores
 
 
 def _log_ratio(scores: Scores, batch: Batch) -> Array:
@@ -161,6 +161,33 @@ def sapo(
     return _add_up("policy", result, lr, lr, batch)
 
 
+def vespo(
+    scores: Scores,
+    batch: Batch,
+    *,
+    power_positive: float = 2.0,
+    decay_positive: float = 3.0,
+    power_negative: float = 3.0,
+    decay_negative: float = 2.0,
+) -> tuple[Array, Metrics]:
+    """VESPO: REINFORCE with one constant weight per row, a gamma kernel of its ratio: `surrogates.gamma_weight`.
+
+    Arguments as there. A row's log-ratio is held within ln(1e-8) and 20.
+    """
+    lr = _log_ratio(scores, batch)
+    row = jnp.clip(importance.sequence_sum(lr, batch.mask), math.log(1e-8), importance.MAX_LOG)
+    result = surrogates.gamma_weight(
+        jnp.where(batch.mask, scores.log_probs, 0.0),
+        row,
+        _advantages(batch),
+        power_positive=power_positive,
+        decay_positive=decay_positive,
+        power_negative=power_negative,
+        decay_negative=decay_negative,
+    )
+    return _add_up("policy", result, lr, row, batch)
+
+
 def stable_reinforce(
     scores: Scores, batch: Batch, *, clip_low: float = 0.2, clip_high: float = 0.2, max_ratio: float = 1e3
 ) -> tuple[Array, Metrics]:
@@ -182,33 +209,6 @@ def stable_reinforce(
     held = jnp.clip(_raw_log_ratio(scores, batch), -limit, limit)
     result = surrogates.clipped_surrogate(held, _advantages(batch), clip_low=clip_low, clip_high=clip_high)
     return _add_up("policy", result, held, held, batch)
-
-
-def decoupled_ppo(
-    scores: Scores, batch: Batch, *, clip_low: float = 0.2, clip_high: float = 0.2, max_weight: float = 5.0
-) -> tuple[Array, Metrics]:
-    """PPO around a proximal policy (old_log_probs), weighted from the policy that sampled (behavior_log_probs).
-
-    loss = -min(p_old / p_behavior, max_weight) * min(r A, clip(r) A), r = p / p_old; the first factor is constant.
-
-    Args:
-        scores: of the current policy.
-        batch: reads old_log_probs (recomputed by the proximal policy), rollout.behavior_log_probs, advantages.
-        clip_low: as in PPO.
-        clip_high: as in PPO.
-        max_weight: truncation of the behavior weight.
-
-    Returns:
-        (loss, metrics).
-
-    Reference: Hilton et al. 2021, "Batch size-invariance for policy optimization"; Fu et al. 2025, "AReaL".
-    """
-    return corrected(
-        scores,
-        batch,
-        loss_fn=lambda s, b: ppo_clip(s, b, clip_low=clip_low, clip_high=clip_high),
-        weight_fn=lambda lr, mask: importance.weights(lr, mask, high=max_weight),
-    )
 
 
 def nft(
@@ -266,30 +266,3 @@ def trajectory_balance(scores: Scores, batch: Batch) -> tuple[Array, Metrics]:
     residual = moved - reductions.row_mean(_advantages(batch), batch.mask)
     loss = jnp.sum(batch.weights.sum(axis=1) * 0.5 * jnp.square(residual))
     return loss, {"loss/policy": jax.lax.stop_gradient(loss)}
-
-
-def corrected(
-    scores: Scores,
-    batch: Batch,
-    *,
-    loss_fn: LossFn = ppo_clip,
-    weight_fn: Callable[[Array, Array], Array] = importance.weights,
-) -> tuple[Array, Metrics]:
-    """Any token loss with importance weights from the sampler to the old policy (off-policy correction).
-
-    Multiplies batch.weights by weight_fn(old_log_probs - behavior_log_probs, mask). The denominator stays that of the
-    reduction, so a rejected token still counts in it.
-
-    Args:
-        scores: of the current policy.
-        batch: reads also rollout.behavior_log_probs.
-        loss_fn: the loss to weigh.
-        weight_fn: (log_ratio, mask) -> [B,L]; `importance.weights` with its knobs set.
-
-    Returns:
-        loss_fn's, and "importance/mean", the mean weight.
-    """
-    lr = importance.log_ratio(batch.old_log_probs, batch.rollout.behavior_log_probs, batch.mask)
-    w = jax.lax.stop_gradient(weight_fn(lr, batch.mask))
-    loss, metrics = loss_fn(scores, batch.replace(weights=batch.weights * w))
-    return loss, metrics | {"importance/mean": jnp.sum(batch.token_weights * w)}

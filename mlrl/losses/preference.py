@@ -17,9 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from mlrl import importance, reductions
+from mlrl.losses import contrasts
 from mlrl.types import Array, Batch, Metrics, Scores
 
 PairFn = Callable[[Array, Array, Array], Array]  # outcome [B], group [B], eligible [B] -> is pair [B,B] bool
+Contrast = Callable[[Array, Array], Array]  # rewards of chosen rows [B,1] and rejected rows [1,B] -> losses [B,B]
 
 
 def all_pairs(outcome: Array, group: Array, eligible: Array) -> Array:
@@ -44,9 +46,8 @@ def pair_weights(batch: Batch, *, pair_fn: PairFn = all_pairs) -> Array:
     return pairs * (same @ rows)[:, None] / jnp.maximum(same @ pairs.sum(axis=1), 1.0)[:, None]
 
 
-def _deltas(scores: Scores, batch: Batch) -> Array:
-    log_ratio = importance.log_ratio(scores.log_probs, batch.reference_log_probs, batch.mask)
-    return reductions.row_sum(log_ratio, batch.mask)
+def _deltas(scores: Scores, batch: Batch, row_of: Callable[[Array, Array], Array] = reductions.row_sum) -> Array:
+    return row_of(importance.log_ratio(scores.log_probs, batch.reference_log_probs, batch.mask), batch.mask)
 
 
 def _log_probs(scores: Scores, batch: Batch) -> Array:
@@ -72,28 +73,26 @@ def _add_up(name: str, pair_loss: Array, row_reward: Array, scores: Scores, batc
     return loss, jax.tree.map(jax.lax.stop_gradient, metrics)
 
 
-def _logistic(margin: Array, label_smoothing: float) -> Array:
-    """-log sigmoid(margin), with labels flipped with the given probability."""
-    right, wrong = jax.nn.softplus(-margin), jax.nn.softplus(margin)
-    return (1.0 - label_smoothing) * right + label_smoothing * wrong
-
-
 def dpo(
     scores: Scores,
     batch: Batch,
     *,
     beta: float = 0.1,
-    label_smoothing: float = 0.0,
+    contrast: Contrast = contrasts.logistic,
+    row_of: Callable[[Array, Array], Array] = reductions.row_sum,
     nll_coef: float = 0.0,
     pair_fn: PairFn = all_pairs,
 ) -> tuple[Array, Metrics]:
     """DPO: -log sigmoid(beta (Delta_chosen - Delta_rejected)), plus nll_coef times the chosen row's mean NLL.
 
+    Other contrasts make of it robust DPO, hinge, EXO, NCA, BCO, SPPO, APO and DiscoPOP.
+
     Args:
         scores: reads log_probs.
         batch: reads reference_log_probs, rewards.outcome, mask, weights.
         beta: strength of the implicit KL.
-        label_smoothing: chance that a label is flipped (conservative DPO).
+        contrast: from `losses.contrasts`: (chosen, rejected) rewards beta * Delta -> loss of the pair.
+        row_of: reductions.row_sum, or row_mean for length-normalized DPO.
         nll_coef: 0.0 is off; 1.0 in iterative reasoning preference optimization.
         pair_fn: all_pairs, or best_and_worst for online DPO.
 
@@ -103,8 +102,8 @@ def dpo(
     Reference: Rafailov et al. 2023, "Direct Preference Optimization"; Pang et al. 2024 for the NLL term.
     """
     weights = pair_weights(batch, pair_fn=pair_fn)
-    reward = beta * _deltas(scores, batch)
-    loss = _logistic(reward[:, None] - reward[None, :], label_smoothing)
+    reward = beta * _deltas(scores, batch, row_of)
+    loss = contrast(reward[:, None], reward[None, :])
     if nll_coef:
         loss = loss - nll_coef * _mean_log_probs(scores, batch)[:, None]
     return _add_up("dpo", loss, reward, scores, batch, weights)
@@ -127,8 +126,7 @@ def ipo(
     Reference: Azar et al. 2023. The paper has sums; the means are TRL's and HALOs'.
     """
     weights = pair_weights(batch, pair_fn=pair_fn)
-    log_ratio = importance.log_ratio(scores.log_probs, batch.reference_log_probs, batch.mask)
-    reward = reductions.row_mean(log_ratio, batch.mask)
+    reward = _deltas(scores, batch, reductions.row_mean)
     loss = jnp.square(reward[:, None] - reward[None, :] - 0.5 / tau)
     return _add_up("ipo", loss, reward, scores, batch, weights)
 
@@ -152,7 +150,7 @@ def simpo(
     """
     weights = pair_weights(batch, pair_fn=pair_fn)
     reward = beta * _mean_log_probs(scores, batch)
-    loss = _logistic(reward[:, None] - reward[None, :] - beta * margin, 0.0)
+    loss = contrasts.logistic(reward[:, None], reward[None, :] + beta * margin)
     return _add_up("simpo", loss, reward, scores, batch, weights)
 
 
@@ -175,7 +173,7 @@ def cpo(
     """
     weights = pair_weights(batch, pair_fn=pair_fn)
     reward = beta * _log_probs(scores, batch)
-    loss = _logistic(reward[:, None] - reward[None, :], 0.0)
+    loss = contrasts.logistic(reward[:, None], reward[None, :])
     loss = loss - nll_coef * _mean_log_probs(scores, batch)[:, None]
     return _add_up("cpo", loss, reward, scores, batch, weights)
 
@@ -199,7 +197,7 @@ def orpo(
     weights = pair_weights(batch, pair_fn=pair_fn)
     mean = _mean_log_probs(scores, batch)
     odds = mean - _log1mexp(mean)
-    loss = odds_coef * _logistic(odds[:, None] - odds[None, :], 0.0) - mean[:, None]
+    loss = odds_coef * contrasts.logistic(odds[:, None], odds[None, :]) - mean[:, None]
     return _add_up("orpo", loss, odds, scores, batch, weights)
 
 

@@ -116,6 +116,41 @@ def soft_gate(
     return loss, jnp.zeros(loss.shape, bool)
 
 
+def gamma_weight(
+    log_probs: Array,
+    log_ratio: Array,
+    advantages: Array,
+    *,
+    power_positive: float = 2.0,
+    decay_positive: float = 3.0,
+    power_negative: float = 3.0,
+    decay_negative: float = 2.0,
+) -> tuple[Array, Array]:
+    """VESPO: loss = -sg(phi(w)) A log p, phi(w) = w^k exp(lambda (1 - w)), w = exp(log_ratio) of the whole row.
+
+    phi(1) = 1, and phi vanishes for rows that have become much likelier or much less likely.
+
+    Args:
+        log_probs: current, with gradient.
+        log_ratio: the row's sum, broadcast to its tokens.
+        advantages: same shape.
+        power_positive: k where A >= 0.
+        decay_positive: lambda where A >= 0.
+        power_negative: k elsewhere.
+        decay_negative: lambda elsewhere.
+
+    Returns:
+        (loss, clipped): nothing is clipped.
+
+    Reference: "VESPO: Variational Sequence-level Soft Policy Optimization", as in TRL's loss_type "vespo".
+    """
+    advantages, log_ratio = stop(advantages), stop(log_ratio)
+    k = jnp.where(advantages >= 0, power_positive, power_negative)
+    decay = jnp.where(advantages >= 0, decay_positive, decay_negative)
+    weight = jnp.exp(decay + k * log_ratio - decay * jnp.exp(log_ratio))
+    return -weight * advantages * log_probs, jnp.zeros(weight.shape, bool)
+
+
 def wrong_share(pass_rate: Array) -> Array:
     """w(q) = 1 - q: hard prompts weigh more (NFT's default)."""
     return 1.0 - pass_rate

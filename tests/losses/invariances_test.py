@@ -9,7 +9,16 @@ import pytest
 from batches import build
 
 from mlrl import divergences, importance, reductions
-from mlrl.losses import distillation, policy, preference, regularizers, reward_models, supervised, values
+from mlrl.losses import (
+    corrections,
+    distillation,
+    policy,
+    preference,
+    regularizers,
+    reward_models,
+    supervised,
+    values,
+)
 
 with_ = functools.partial
 LOSSES = {
@@ -20,13 +29,14 @@ LOSSES = {
     "cispo": policy.cispo,
     "reinforce": policy.reinforce,
     "sapo": policy.sapo,
+    "vespo": policy.vespo,
     "stable_reinforce": with_(policy.stable_reinforce, max_ratio=2.0),
-    "decoupled_ppo": policy.decoupled_ppo,
+    "decoupled_ppo": corrections.decoupled_ppo,
     "nft": policy.nft,
     "dppo_tv": policy.dppo_tv,
     "trajectory_balance": policy.trajectory_balance,
     "corrected": with_(
-        policy.corrected, weight_fn=with_(importance.weights, level=importance.sequence_mean, high=1.1)
+        corrections.corrected, weight_fn=with_(importance.weights, level=importance.sequence_mean, high=1.1)
     ),
     "kl_penalty": with_(regularizers.kl_penalty, kl_coef=0.1),
     "kl_penalty_k2": with_(regularizers.kl_penalty, kl_coef=0.1, estimator=divergences.k2, limit=0.5),
@@ -38,7 +48,7 @@ LOSSES = {
     "value_loss": values.value_loss,
     "clipped_value_loss": values.clipped_value_loss,
     "teacher_kl": with_(distillation.teacher_kl, kl_coef=1.0, gate=distillation.failed_rows),
-    "dpo": with_(preference.dpo, label_smoothing=0.1, nll_coef=0.5),
+    "dpo": with_(preference.dpo, nll_coef=0.5),
     "dpo_best_and_worst": with_(preference.dpo, pair_fn=preference.best_and_worst),
     "ipo": preference.ipo,
     "simpo": preference.simpo,

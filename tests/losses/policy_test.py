@@ -9,7 +9,7 @@ import pytest
 from batches import build, jit_and_plain
 
 from mlrl import importance, reductions
-from mlrl.losses import policy
+from mlrl.losses import corrections, policy
 
 A = [[1.0, -1.0, 2.0]]
 OLD = [[-1.0, -1.0, -1.0]]
@@ -82,7 +82,7 @@ ON_POLICY = {
     "cispo": policy.cispo,
     "sapo": policy.sapo,
     "stable_reinforce": policy.stable_reinforce,
-    "decoupled_ppo": policy.decoupled_ppo,
+    "decoupled_ppo": corrections.decoupled_ppo,
     "dppo_tv": policy.dppo_tv,
 }
 
@@ -122,7 +122,7 @@ def test_an_astronomic_ratio_leaves_the_gradient_finite():
 def test_decoupled_ppo_weighs_by_the_truncated_behavior_ratio(wrap):
     # p_old / p_behavior = 2, 0.5 and 10, the last held at 5
     behavior = np.array(OLD) - np.log([[2.0, 0.5, 10.0]])
-    loss, metrics, gradient = run(wrap, policy.decoupled_ppo, *one_row(behavior_log_probs=behavior))
+    loss, metrics, gradient = run(wrap, corrections.decoupled_ppo, *one_row(behavior_log_probs=behavior))
     assert loss == pytest.approx((2 * -0.5 + 0.5 * 1.0 + 5 * -2.4) / 3, rel=1e-5)
     np.testing.assert_allclose(gradient, np.array([[2 * -0.5, 0.5 * 1.0, 0.0]]) / 3, rtol=1e-5)
     assert float(metrics["importance/mean"]) == pytest.approx(2.5, rel=1e-5)
@@ -131,10 +131,10 @@ def test_decoupled_ppo_weighs_by_the_truncated_behavior_ratio(wrap):
 def test_corrections_reject_at_each_level():
     behavior = np.array(OLD) - np.log([[2.0, 0.5, 10.0]])
     masked = functools.partial(importance.weights, bound=importance.zero_outside, high=5.0)
-    fn = functools.partial(policy.corrected, loss_fn=policy.ppo_clip, weight_fn=masked)
+    fn = functools.partial(corrections.corrected, loss_fn=policy.ppo_clip, weight_fn=masked)
     assert run(jax.jit, fn, *one_row(behavior_log_probs=behavior))[0] == pytest.approx((2 * -0.5 + 0.5) / 3, rel=1e-5)
     product = functools.partial(masked, level=importance.sequence_sum)  # 2 * 0.5 * 10 = 10: the row is rejected
-    fn = functools.partial(policy.corrected, loss_fn=policy.ppo_clip, weight_fn=product)
+    fn = functools.partial(corrections.corrected, loss_fn=policy.ppo_clip, weight_fn=product)
     assert run(jax.jit, fn, *one_row(behavior_log_probs=behavior))[0] == 0.0
 
 

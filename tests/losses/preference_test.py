@@ -9,7 +9,7 @@ import pytest
 from batches import build, jit_and_plain
 
 from mlrl import advantages
-from mlrl.losses import preference
+from mlrl.losses import contrasts, preference
 
 LOG_PROBS = jnp.array([[-1.0, -2.0], [-0.5, -1.5]])  # chosen, rejected: sums -3 and -2, means -1.5 and -1
 REFERENCE = jnp.array([[-2.0, -2.5], [-1.0, -0.5]])  # Delta: 1.5 and -0.5
@@ -49,7 +49,7 @@ def test_dpo_at_equal_log_probs_is_log_two_and_order_is_by_outcome():
 
 
 def test_smoothed_dpo_and_its_likelihood_term():
-    smooth = functools.partial(preference.dpo, label_smoothing=0.1)
+    smooth = functools.partial(preference.dpo, contrast=functools.partial(contrasts.logistic, label_smoothing=0.1))
     expected = -0.9 * np.log(sigmoid(0.2)) - 0.1 * np.log(sigmoid(-0.2))
     assert run(jax.jit, smooth, *pair())[0] == pytest.approx(expected, rel=1e-5)
     with_nll = functools.partial(preference.dpo, nll_coef=1.0)

@@ -107,3 +107,16 @@ def test_dppo_tv_by_hand(wrap):
     ratio = np.array([0.0, 2.5, 1.05, 3.0])
     np.testing.assert_allclose(value, -np.array(advantages) * ratio * np.array(new), rtol=1e-5)
     np.testing.assert_allclose(wrap(jax.grad(lambda lp: f(lp)[0].sum()))(new), [0, 2.5, -1.05, -3.0], rtol=1e-5)
+
+
+@jit_and_plain
+def test_vespo_by_hand(wrap):
+    # the row's ratio is 0.5 * 1 * 1.5 = 0.75; phi(w) = w^k exp(lambda (1 - w))
+    row = jnp.full(3, jnp.log(0.75))
+    value, _, slope = value_and_slope(wrap, lambda lp: s.gamma_weight(lp, row, A))
+    good, bad = 0.75**2 * np.exp(3 * 0.25), 0.75**3 * np.exp(2 * 0.25)
+    weight = np.array([good, bad, good])
+    np.testing.assert_allclose(value, -weight * np.array(A) * np.array(NEW), rtol=1e-5)
+    np.testing.assert_allclose(slope, -weight * np.array(A), rtol=1e-5)
+    on_policy = s.gamma_weight(NEW, jnp.zeros(3), A)[0]
+    np.testing.assert_allclose(on_policy, s.score_function(NEW, A), rtol=1e-6)  # REINFORCE
