@@ -98,9 +98,7 @@ def _check(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 def _prepared(experiment: Any) -> tuple[Any, Any]:
     """(the loop's module, the experiment's parts): all that can be wrong before compiling has been refused."""
-    from mlrl.loops import checks
 
-    checks.nouns(experiment)
     loop = _loop_of(experiment)
     parts = loop.prepare(experiment)
     _refuse_unused()

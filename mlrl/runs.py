@@ -27,6 +27,7 @@ class Recording:
     keep_last, keep_best  how many checkpoints stay; the best by `best_metric`, an evaluation's "task/metric"
     samples_every_steps   rows go to samples.jsonl every so many steps; `samples_rows` of them
     max_bad_updates       updates in a row that may be skipped because they were not finite
+    max_unscored_share    the share of a step's rows that may go without a reward
     wandb                 also log to Weights & Biases
     """
 
@@ -37,6 +38,7 @@ class Recording:
     samples_every_steps: int = 10
     samples_rows: int = 8
     max_bad_updates: int = 5
+    max_unscored_share: float = 0.5
     wandb: bool = False
 
 
@@ -73,7 +75,7 @@ class Run:
     def restore_or(self, abstract: TrainState, make: Callable[[], TrainState], sharding: Any) -> TrainState:
         """The last complete checkpoint, every leaf placed by `sharding`; without one, a fresh state."""
         if checkpoints.latest_step(self.folder / "checkpoints") is None:
-            return jax.device_put(make(), sharding)
+            return jax.device_put(make(), sharding, may_alias=False)  # the step donates it
         placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
         return checkpoints.restore(self._checkpoints, placed).check()
 
@@ -135,6 +137,11 @@ class Run:
         self._bar.update(step, values | _flat(results))
         if values["bad_updates"] >= self.recording.max_bad_updates:
             self._stop(step, batch, int(values["bad_updates"]))
+        if values.get("unscored_share", 0.0) > self.recording.max_unscored_share:
+            whose = [name for name in values if name.startswith("unscored/") and values[name] > 0]
+            raise Stopped(f"step {step} has no reward for {values['unscored_share']:.0%} of its rows ({', '.join(whose)}), "
+                          "more than Recording.max_unscored_share: mend the reward, then train again from the last "
+                          "checkpoint")  # fmt: skip
         self._clock = time.perf_counter()
         return results
 

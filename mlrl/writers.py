@@ -203,11 +203,12 @@ class ProgressBar:
             self._bar.update(step - self._step)
         elif self._every < math.inf and (step >= self._num_steps or now - self._last_line >= self._every):
             done = step - self._timed_from
-            left = (now - self._first_time) / done * (self._num_steps - step) if done > 0 else math.nan
+            known = self._compiled and done > 0  # the first step compiles, and would spoil the estimate
+            left = (now - self._first_time) / done * (self._num_steps - step) if known else math.nan
             self._last_line = now
             self._line(f"{self._title}step {step}/{self._num_steps}  {_shown(metrics)}  {_clock(left)} left")
         self._step = step
-        if not self._compiled:  # the first step compiles, and would spoil the estimate
+        if not self._compiled:
             self._compiled, self._timed_from, self._first_time = True, step, now
 
     def _line(self, text: str) -> None:

@@ -108,6 +108,7 @@ def train(experiment: Experiment, run: runs.Run) -> TrainState:
 
 def prepare(experiment: Experiment) -> Parts:
     """Everything about an experiment that can be checked before compiling is checked here. Raises Refused."""
+    checks.nouns(experiment)
     model = checks.model_for(experiment.model, experiment.task.vocabulary)
     checks.rows_divide(experiment, experiment.rows_per_step)
     parts = Parts(experiment, model, frozenset())

@@ -122,6 +122,7 @@ def train(experiment: Experiment, run: runs.Run) -> TrainState:
 
 def prepare(experiment: Experiment) -> Parts:
     """Everything about an experiment that can be checked before compiling is checked here. Raises Refused."""
+    checks.nouns(experiment)
     model = checks.model_for(experiment.model, experiment.task.vocabulary)
     checks.rows_divide(experiment, experiment.prompts_per_step * experiment.group_size)
     parts = Parts(experiment, model, lift(experiment.reward_fn), frozenset())
@@ -130,11 +131,30 @@ def prepare(experiment: Experiment) -> Parts:
     prompts, rollout, rewards = _abstract_step(parts)
     batch = jax.eval_shape(unannotated, rollout, rewards)
     reads = checks.what_is_read(experiment.losses, (experiment.advantage_fn, experiment.select_fn), batch)
-    parts = dataclasses.replace(parts, reads=frozenset(reads))
+    parts = dataclasses.replace(parts, reads=frozenset(reads | _asked_of_models(parts, prompts, rollout)))
     checks.compatible(experiment.model, reads)
     checks.sampling_fits(experiment.sampling, experiment.old_log_probs, reads)
     jax.eval_shape(functools.partial(learn, parts), abstract_state(parts), prompts, rollout, rewards)
     return parts
+
+
+def _asked_of_models(parts: Parts, prompts: Prompts, rollout: Rollout) -> set[str]:
+    """What the reward asks of models that the state must keep for it: the reference, or nothing."""
+    asked = set()
+
+    def judge(state: TrainState, prompts: Prompts, rollout: Rollout) -> Rewards:
+        bound = models(parts, state.replace(reference=state.params), prompts)
+
+        def noted(rollout: Rollout) -> Scores:
+            asked.add("Batch.reference_log_probs")
+            return bound.reference(rollout)
+
+        rows, bound_ = prompts_lib.repeat(prompts, parts.experiment.group_size), bound._replace(reference=noted)
+        return parts.reward.update(state.reward, rollout, rows, parts.experiment.task, bound_)[0].check()
+
+    if parts.reward.in_graph:
+        jax.eval_shape(judge, abstract_state(parts), prompts, rollout)
+    return asked
 
 
 def prompt_source(parts: Parts) -> Callable[[TrainState, int], Prompts]:
