@@ -25,8 +25,9 @@ def one_row(**given):
 
 
 def run(wrap, loss_fn, scores, batch):
-    loss, metrics = wrap(loss_fn)(scores, batch)
-    return float(loss), metrics, wrap(jax.grad(lambda s: loss_fn(s, batch)[0]))(scores).log_probs
+    """(loss, metrics, gradient by log-probs) from one pass."""
+    (loss, metrics), gradient = wrap(jax.value_and_grad(lambda s: loss_fn(s, batch), has_aux=True))(scores)
+    return float(loss), metrics, gradient.log_probs
 
 
 @jit_and_plain

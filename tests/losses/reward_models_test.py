@@ -20,8 +20,9 @@ def example(outcome, rows=3):
 
 
 def run(wrap, loss_fn, scores, batch):
-    loss, metrics = wrap(loss_fn)(scores, batch)
-    return float(loss), metrics, wrap(jax.grad(lambda s: loss_fn(s, batch)[0]))(scores).values
+    """(loss, metrics, gradient by values) from one pass."""
+    (loss, metrics), gradient = wrap(jax.value_and_grad(lambda s: loss_fn(s, batch), has_aux=True))(scores)
+    return float(loss), metrics, gradient.values
 
 
 def test_a_rows_score_is_the_value_before_its_last_action():
