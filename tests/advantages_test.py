@@ -59,6 +59,7 @@ def test_rloo_by_hand():
 FUNCTIONS = {
     "grpo": advantages.grpo,
     "rloo": advantages.rloo,
+    "spo": advantages.spo,
     "opo": advantages.opo,
     "maxrl": advantages.maxrl,
     "gdpo": with_(advantages.gdpo, weights={"right": 1.0, "short": 0.5}),
@@ -136,6 +137,14 @@ def test_remax_subtracts_the_greedy_row():
     batch = build(MASK, [1, 0, 3, 2], group=[0, 0, 0, 3], role=[0, 0, 1, 0])
     found = advantages.remax(batch)[0]
     np.testing.assert_array_equal(found, [[0, -2, -2], [0, -3, 0], [0, 0, 0], [0, 0, 0]])
+
+
+def test_spo_counts_wins_in_the_group():
+    batch = build([[1]] * 5, [3, 1, 1, 9, 0], group=[0, 0, 0, 3, 3])  # wins 1, 1/4, 1/4 of two duels; 1 and 0 of one
+    np.testing.assert_allclose(advantages.spo(batch)[0][:, 0], [0.5, -0.25, -0.25, 0.5, -0.5], rtol=1e-6)
+    rock_paper_scissors = lambda b: jnp.pad(jnp.array([[0.5, 0, 1], [1, 0.5, 0], [0, 1, 0.5]]), (0, 2))
+    found = advantages.spo(batch, preference_fn=rock_paper_scissors)[0]
+    np.testing.assert_allclose(found[:3], np.zeros((3, 1)), atol=1e-7)  # no word is best, whatever the scores say
 
 
 def test_role_relative_standardizes_by_role():
