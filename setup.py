@@ -46,7 +46,10 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda12]>=0.10"],
         "hf": ["huggingface-hub>=1.0", "safetensors>=0.6"],
-        "test": ["ipykernel>=6.0", "matplotlib>=3.9", "nbclient>=0.10", "psutil>=6.0", "pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.12"],
+        "test": [
+            "ipykernel>=6.0", "matplotlib>=3.9", "nbclient>=0.10", "psutil>=6.0", "pytest>=8.0",
+            "pytest-timeout>=2.3", "ruff>=0.12",
+        ],  # fmt: skip
         "docs": ["jupytext>=1.17", "matplotlib>=3.9", "nbclient>=0.10"],
     },
     entry_points={"console_scripts": ["mlrl = mlrl.main:main"]},

@@ -2,8 +2,8 @@
 
     python -m experiments.study FOLDER --arms grpo=A.gin random=B.gin --seeds 5 [--gin.STEPS=100 ...]
 
-Each run is `mlrl train ARM.gin --run_dir FOLDER/ARM-SEED --gin.SEED=SEED`; a finished one is not run again, a broken one
-resumes. The numbers are held-out accuracies from results.json; intervals are Student's t over seeds, 95%.
+Each run is `mlrl train ARM.gin --run_dir FOLDER/ARM-SEED --gin.SEED=SEED`; a finished one is not run again, a broken
+one resumes. The numbers are held-out accuracies from results.json; intervals are Student's t over seeds, 95%.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def table(curves: dict[str, list[dict[int, float]]], minutes: dict[str, list[flo
         rise = [b - a for a, b in zip(before, after)]
         each = ", ".join(f"{r:+.2f}" for r in rise)
         took = sum(minutes[name]) / len(minutes[name])
-        lines.append(f"| {name} | {len(runs)} | {shown(before)} | {shown(after)} | {shown(rise)} | {each} | {took:.1f} |")
+        cells = [name, len(runs), shown(before), shown(after), shown(rise), each, f"{took:.1f}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -95,7 +96,8 @@ def plot(curves: dict[str, list[dict[int, float]]], metric: str, path: pathlib.P
         (line,) = axes.plot(steps, [sum(values) / len(values) for values in at], marker="o", label=name)
         if len(runs) > 1:
             intervals = [t_interval(values) for values in at]
-            axes.fill_between(steps, [i[1] for i in intervals], [i[2] for i in intervals], alpha=0.2, color=line.get_color())
+            low, high = [i[1] for i in intervals], [i[2] for i in intervals]
+            axes.fill_between(steps, low, high, alpha=0.2, color=line.get_color())
     axes.set(xlabel="training step", ylabel=f"held-out accuracy ({metric})", ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend()

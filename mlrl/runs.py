@@ -139,8 +139,9 @@ class Run:
             self._stop(step, batch, int(values["bad_updates"]))
         if values.get("unscored_share", 0.0) > self.recording.max_unscored_share:
             whose = [name for name in values if name.startswith("unscored/") and values[name] > 0]
-            raise Stopped(f"step {step} has no reward for {values['unscored_share']:.0%} of its rows ({', '.join(whose)}), "
-                          "more than Recording.max_unscored_share: mend the reward, then train again from the last "
+            share = f"{values['unscored_share']:.0%}"
+            raise Stopped(f"step {step} has no reward for {share} of its rows ({', '.join(whose)}), more than "
+                          "Recording.max_unscored_share: mend the reward, then train again from the last "
                           "checkpoint")  # fmt: skip
         self._clock = time.perf_counter()
         return results
