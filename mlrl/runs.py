@@ -168,8 +168,10 @@ def _flat(results: Results) -> dict[str, float]:
 
 
 def sample_rows(batch: Batch, task: Task, step: int, rows: int) -> list[dict[str, Any]]:
-    """The first rows of a step as plain Python: what the model saw, said and earned, token by token."""
-    batch = jax.device_get(jax.tree.map(lambda x: x[:rows], batch))
+    """Rows from all over a step as plain Python: what the model saw, said and earned, token by token."""
+    total = batch.mask.shape[0]
+    chosen = np.arange(min(rows, total)) * total // max(1, min(rows, total))  # spread over the groups
+    batch = jax.device_get(jax.tree.map(lambda x: x[chosen], batch))
     samples = []
     for b in range(batch.mask.shape[0]):
         row = jax.tree.map(operator.itemgetter(b), batch)
