@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -125,12 +126,16 @@ def _sampled_results(correct: np.ndarray, answers: np.ndarray) -> dict[str, dict
 
 
 def _interval(x: np.ndarray) -> dict[str, float]:
-    """Mean over prompts and its 95% normal interval; unscored prompts (NaN) are left out."""
+    """Mean over prompts and its 95% interval: Wilson's for right-or-wrong, else normal. Unscored (NaN) is left out."""
     x = x[~np.isnan(x)]
     if x.size == 0:
-        return {"value": float("nan"), "low": float("nan"), "high": float("nan"), "prompts": 0}
-    mean, half = float(x.mean()), 1.96 * float(x.std(ddof=1 if x.size > 1 else 0)) / np.sqrt(x.size)
-    return {"value": mean, "low": mean - float(half), "high": mean + float(half), "prompts": int(x.size)}
+        return {"value": math.nan, "low": math.nan, "high": math.nan, "prompts": 0}
+    if np.isin(x, (0.0, 1.0)).all():
+        mean, low, high = metrics.wilson_interval(float(x.sum()), x.size)
+    else:
+        mean, half = x.mean(), 1.96 * x.std(ddof=min(1, x.size - 1)) / np.sqrt(x.size)
+        low, high = mean - half, mean + half
+    return {"value": float(mean), "low": float(low), "high": float(high), "prompts": int(x.size)}
 
 
 def _no_models(task: Task) -> Models:

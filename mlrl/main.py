@@ -52,6 +52,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     check.add_argument("experiment", help="a gin file")
     evaluate = add("eval", _evaluate, "Evaluate a run's last checkpoint: pass@k, maj@k, greedy -> results.json.")
     evaluate.add_argument("run_dir")
+    evaluate.add_argument("--task", default="", help="only the evaluation of this task")
     evaluate.add_argument("--prompts", type=int, default=0, help="held-out prompts (default: the experiment's)")
     evaluate.add_argument("--samples", type=int, default=0, help="completions a prompt (default: the experiment's)")
     report = add("report", _report, "Write one self-contained HTML page about one or several runs.")
@@ -111,7 +112,7 @@ def _evaluate(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     experiment, _ = load(str(config), overrides)
     from mlrl import runs
 
-    results = runs.evaluate_run(arguments.run_dir, experiment, _loop_of(experiment),
+    results = runs.evaluate_run(arguments.run_dir, experiment, _loop_of(experiment), task=arguments.task,
                                 prompts=arguments.prompts, samples=arguments.samples)  # fmt: skip
     for task, found in results.items():
         for name, r in found.items():

@@ -207,7 +207,7 @@ def write_results(folder: pathlib.Path, step: int, results: Results) -> None:
     folders.write_atomically(path, json.dumps({"evaluations": known}, indent=1))
 
 
-def evaluate_run(folder: str | pathlib.Path, experiment: Any, loop: Any, *, prompts: int = 0,
+def evaluate_run(folder: str | pathlib.Path, experiment: Any, loop: Any, *, task: str = "", prompts: int = 0,
                  samples: int = 0) -> Results:  # fmt: skip
     """Evaluates the last checkpoint of a run and adds the results to its results.json.
 
@@ -215,8 +215,9 @@ def evaluate_run(folder: str | pathlib.Path, experiment: Any, loop: Any, *, prom
       folder: the run's folder.
       experiment: as its config.gin describes it.
       loop: the module of its loop.
+      task: only the evaluation of the task of this name; "" measures all.
       prompts, samples: instead of the experiment's own numbers; 0 keeps them.
-    Raises: Refused, if there is no checkpoint, or the experiment names no evaluation.
+    Raises: Refused, if there is no checkpoint, or the experiment names no evaluation, or none of that task.
     """
     folder = pathlib.Path(folder)
     if not experiment.evaluations:
@@ -224,7 +225,10 @@ def evaluate_run(folder: str | pathlib.Path, experiment: Any, loop: Any, *, prom
     if checkpoints.latest_step(folder / "checkpoints") is None:
         raise Refused(f"{folder} has no complete checkpoint: train it first, or name another run folder")
     changed = {name: value for name, value in (("prompts", prompts), ("samples", samples)) if value}
-    evaluations = tuple(dataclasses.replace(e, **changed) for e in experiment.evaluations)
+    evaluations = tuple(dataclasses.replace(e, **changed) for e in experiment.evaluations if task in ("", e.task.name))
+    if not evaluations:
+        known = ", ".join(e.task.name for e in experiment.evaluations)
+        raise Refused(f"{folder}/config.gin has no evaluation of the task {task!r}: it has {known}")
     parts = loop.prepare(experiment)
     with meshes.use(experiment.mesh()) as mesh:
         whole = meshes.replicated(mesh)
