@@ -22,6 +22,7 @@ def stored():
     return dict(np.load(trl_parity.NPZ))
 
 
+@pytest.mark.slow  # `make parity` compares too
 def test_every_loss_and_gradient_equals_trls(stored):
     names = trl_parity.cases(stored)
     kinds = {name.partition("/")[0] for name in names}
