@@ -1,4 +1,4 @@
-# make install | quickstart | test | test-all | bench | lint | report | lock | clean
+# make install | quickstart | test | test-all | bench | parity | lint | report | lock | clean
 # VENV=DIR puts the environment elsewhere; PYTHON=python3.12 makes it with another interpreter.
 
 VENV ?= .venv
@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
-.PHONY: install quickstart test test-all bench lint report lock clean
+.PHONY: install quickstart test test-all bench parity lint report lock clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -35,6 +35,10 @@ test-all: install
 
 bench: install
 	$(BIN)/python -m benchmarks.run
+
+# Losses and gradients beside TRL's, in an environment of their own; says so when that cannot be made.
+parity: install
+	JAX_PLATFORMS=cpu $(BIN)/python parity/trl_parity.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -93,6 +93,22 @@ def compatible(config: Config, reads: set[str] | frozenset[str]) -> None:
                       "Config.value_head = True or choose an advantage without values")  # fmt: skip
 
 
+def groups_teach(advantage_fn: Callable[[Batch], Any], batch: Batch, group_size: int) -> None:
+    """A group of one has no baseline of its own: refused where it leaves every advantage 0, whatever the rewards."""
+    if group_size > 1:
+        return
+    made = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
+    rows = jnp.arange(made.mask.shape[0])
+    last = jnp.zeros_like(made.mask).at[:, -1].set(True)
+    tokens = jnp.where(last, rows[:, None].astype(jnp.float32), 0.0)
+    rollout = made.rollout.replace(group=rows.astype(made.rollout.group.dtype), action_mask=last, valid=last)
+    rewards = made.rewards.replace(tokens=tokens, outcome=tokens[:, -1], scored=jnp.ones_like(made.rewards.scored))
+    advantages, _ = advantage_fn(made.replace(rollout=rollout, rewards=rewards, mask=last))
+    if not bool(jnp.any(advantages != 0)):
+        raise Refused("Experiment.group_size is 1, and the advantage compares a row with its group: every advantage "
+                      "would be 0; set group_size to 2 or more, or choose another advantage")  # fmt: skip
+
+
 def sampling_fits(sampling: Sampling, old_log_probs: Callable, reads: set[str] | frozenset[str]) -> None:
     """Importance ratios need one distribution in numerator and denominator, and a group needs randomness."""
     recorded = inspect.unwrap(old_log_probs) is scoring.sampler_log_probs

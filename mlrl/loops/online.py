@@ -133,6 +133,7 @@ def prepare(experiment: Experiment) -> Parts:
     reads = checks.what_is_read(experiment.losses, (experiment.advantage_fn, experiment.select_fn), batch)
     parts = dataclasses.replace(parts, reads=frozenset(reads | _asked_of_models(parts, prompts, rollout)))
     checks.compatible(experiment.model, reads)
+    checks.groups_teach(experiment.advantage_fn, batch, experiment.group_size)
     checks.sampling_fits(experiment.sampling, experiment.old_log_probs, reads)
     jax.eval_shape(functools.partial(learn, parts), abstract_state(parts), prompts, rollout, rewards)
     return parts
