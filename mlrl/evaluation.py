@@ -14,7 +14,7 @@ from mlrl import metrics, prompts
 from mlrl.models.transformer import Transformer
 from mlrl.rewards.lifting import lift
 from mlrl.sampling import GREEDY, Sampling
-from mlrl.types import Models, Params, Refused, RewardFn, Rollout, RolloutFn, Task
+from mlrl.types import Models, Params, Refused, RewardFn, Rollout, RolloutFn, Task, require_whole
 
 Results = dict[str, dict[str, dict[str, float]]]  # task -> metric -> {"value", "low", "high"}
 
@@ -39,6 +39,13 @@ class Evaluation:
     sampling: Sampling = Sampling()
     answer: Callable[[str], Any] = str.strip
     seed: int = 0
+
+    def __post_init__(self):
+        require_whole("Evaluation", "prompts", self.prompts, 1)
+        for name in ("samples", "every_steps"):
+            require_whole("Evaluation", name, getattr(self, name), 0)
+        if not isinstance(self.task, Task):
+            raise Refused(f"Evaluation.task must be a Task, got {self.task!r}: call a function, as @name()")
 
     def due(self, step: int, last_step: int) -> bool:
         """Whether this is measured after `step` steps of a run that ends at `last_step`."""
@@ -80,13 +87,13 @@ def _measure(evaluation: Evaluation, model: Transformer, rollout_fn: RolloutFn) 
     greedy, sampled = sampler(GREEDY, 1), sampler(evaluation.sampling, max(1, evaluation.samples))
 
     def outcomes(rollout: Rollout, group_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """(correct [N,k], NaN where unscored; answers [N,k])."""
+        """(right [N,k] as 0 or 1, NaN where unscored; answers [N,k])."""
         rows = prompts.repeat(batch, group_size)
         if not reward.in_graph:
             rollout, rows = jax.device_get((rollout, rows))
         rewards, _ = reward.update(reward.init(), rollout, rows, task, _no_models(task))
         rewards, rollout = jax.device_get((rewards, rollout))
-        correct = np.where(rewards.scored, rewards.outcome, np.nan)
+        correct = np.where(rewards.scored, rewards.outcome > 0.5, np.nan)
         answers = [evaluation.answer(text) for text in completions(rollout, task)]
         return correct.reshape(-1, group_size), np.asarray(answers, object).reshape(-1, group_size)
 
@@ -113,10 +120,13 @@ def completions(rollout: Rollout, task: Task) -> list[str]:
 
 
 def _sampled_results(correct: np.ndarray, answers: np.ndarray) -> dict[str, dict[str, float]]:
-    """mean@k, pass@1..k in powers of two, and maj@k, each with a 95% interval over prompts."""
-    k = correct.shape[1]
-    right = np.where(np.isnan(correct), 0.0, correct) > 0.5
-    results = {f"mean@{k}": _interval(np.nanmean(correct, axis=1))}
+    """mean@k, pass@1..k in powers of two, and maj@k, each with a 95% interval over prompts.
+
+    A prompt with an unscored sample (NaN) is in none of them; "prompts" says how many are left.
+    """
+    k, whole = correct.shape[1], ~np.isnan(correct).any(axis=1)
+    right, answers = correct[whole] > 0.5, answers[whole]
+    results = {f"mean@{k}": _interval(right.mean(axis=1))}
     j = 1
     while j <= k:
         results[f"pass@{j}"] = _interval(metrics.pass_at_k(k, right.sum(axis=1), j))

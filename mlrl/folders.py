@@ -33,7 +33,8 @@ def claim_run_folder(folder: str | os.PathLike, config: str, *, may_differ: tupl
     if path.is_file():
         old = path.read_text()
         differing = config_differences(old, config, may_differ=may_differ)
-        if differing:
+        started = any(step.name.isdigit() for step in (folder / "checkpoints").glob("*"))
+        if differing and started:  # a run that was refused before its first checkpoint owns nothing yet
             lines = "; ".join(differing[:8]) + (f"; and {len(differing) - 8} more" if len(differing) > 8 else "")
             raise Refused(f"{folder} holds another run: choose another folder, or undo what differs: {lines}")
         if old != config:

@@ -9,7 +9,7 @@ from jax import lax
 from mlrl.models.transformer import Transformer, causal_mask, empty_caches, row_positions, widen_caches
 from mlrl.sampling import Sampling, draw_tokens, top_k_filter, top_p_filter
 from mlrl.scoring import log_distribution
-from mlrl.types import Array, Params, Prompts, Rollout
+from mlrl.types import Array, Params, Prompts, Rollout, require_whole
 
 
 def generate(
@@ -40,6 +40,7 @@ def generate(
       sampling: at temperature 0.0 (greedy) the recorded log-probs are those of temperature 1.
     Returns: Rollout with B = N * group_size rows, the groups in order, and L = P + T columns.
     """
+    require_whole("generate", "max_completion_tokens", max_completion_tokens, 1)
     n, width = prompts.tokens.shape
     rows, steps = n * group_size, max_completion_tokens
     greedy = sampling.temperature == 0.0

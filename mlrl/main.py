@@ -308,6 +308,8 @@ def _operative_config() -> str:
 def _require_file(path: pathlib.Path, what_to_do: str) -> None:
     from mlrl.types import Refused
 
+    if path.is_dir():
+        raise Refused(f"{path} is a folder: {what_to_do}")
     if not path.is_file():
         raise Refused(f"there is no file {path}: {what_to_do}")
 

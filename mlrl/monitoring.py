@@ -51,7 +51,7 @@ def step_metrics(batch: Batch) -> Metrics:
     kept = jnp.any(batch.mask, axis=1)
     metrics = row_metrics(batch) | {
         "reward": mean(jnp.sum(rewards.tokens, axis=1)),
-        "accuracy": mean(rewards.outcome),
+        "accuracy": mean((rewards.outcome > 0.5).astype(jnp.float32)),
         "truncated_share": share(rollout.truncated),
         "unscored_share": 1.0 - share(rewards.scored),
         "zero_spread_share": share(zero_spread(rewards.outcome, rollout.group, rewards.scored)),

@@ -149,6 +149,8 @@ def _choose(task: Task, key: Array, step: Array | int, rows: int, weights: Array
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _source_and_index(sizes: tuple[int, ...], key: Array, step: Array, rows: int, weights: Array):
+    # A branch of its own: the run's key also feeds the sampler and the update (mlrl.loops.online.step_key).
+    key = jax.random.fold_in(key, 0x70726F6D)
     order_key, keys = jax.random.fold_in(key, 0), jax.random.split(jax.random.fold_in(key, 1), len(sizes))
     counter = step * jnp.uint32(rows) + jnp.arange(rows, dtype=jnp.uint32)
     if len(sizes) == 1:

@@ -16,7 +16,7 @@ import numpy as np
 
 from mlrl import checkpoints, folders, meshes, monitoring, writers
 from mlrl.evaluation import Evaluator, Results, evaluator
-from mlrl.types import Batch, Metrics, Refused, Task, TrainState
+from mlrl.types import Batch, Metrics, Refused, Task, TrainState, require_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,14 @@ class Recording:
     max_unscored_share: float = 0.5
     wandb: bool = False
 
+    def __post_init__(self):
+        for name in ("save_every_steps", "keep_best", "samples_every_steps", "samples_rows"):
+            require_whole("Recording", name, getattr(self, name), 0)
+        for name in ("keep_last", "max_bad_updates"):
+            require_whole("Recording", name, getattr(self, name), 1)
+        if self.keep_best and not self.best_metric:
+            raise Refused("Recording.keep_best needs Recording.best_metric, such as 'held_out/greedy'")
+
 
 class Stopped(RuntimeError):
     """A run that cannot go on, in one line that says why and what was kept."""
@@ -60,7 +68,7 @@ class Run:
             best_metric=recording.best_metric,
         )
         self._phases: dict[str, float] = {}
-        self._waiting: tuple[int, Metrics, Batch] | None = None
+        self._state: TrainState | None = None
         self._closers = contextlib.ExitStack()
 
     def __enter__(self) -> Run:
@@ -69,8 +77,9 @@ class Run:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         with self._closers:
-            if kind is None:
-                self._flush()
+            leaves = jax.tree.leaves(self._state)
+            if kind is not None and leaves and not any(x.is_deleted() for x in leaves if hasattr(x, "is_deleted")):
+                self.save(self._state)  # what stopped the run must not cost the steps since the last save
 
     def restore_or(self, abstract: TrainState, make: Callable[[], TrainState], sharding: Any) -> TrainState:
         """The last complete checkpoint, every leaf placed by `sharding`; without one, a fresh state."""
@@ -79,18 +88,24 @@ class Run:
         placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
         return checkpoints.restore(self._checkpoints, placed).check()
 
-    def begin(self, task: Task, num_steps: int, evaluate: Evaluator, state: TrainState) -> None:
-        """Opens the logs at the state's step; before the first step, evaluates and saves."""
+    def begin(self, task: Task, num_steps: int, evaluate: Evaluator, state: TrainState) -> Results:
+        """Opens the logs at the state's step; before the first step, evaluates and saves.
+
+        Returns: the evaluations of the state, those in results.json if the run resumes; {} if there are none.
+        """
         self._task, self._num_steps, self._evaluate = task, num_steps, evaluate
         step = int(state.step)
         self._writers = writers.open_writers(self.folder, wandb=self.recording.wandb, resume_step=step)
         self._closers.callback(self._writers.close)
         self._bar = writers.progress_bar(num_steps, first_step=step, title=self._title)
         self._closers.callback(self._bar.close)
+        results = read_results(self.folder, step)
         if step == 0:
-            self._writers.write(0, _flat(self._evaluated(state, 0)))
-            self.save(state)
+            results = self._evaluated(state, 0)
+            self._writers.write(0, _flat(results))
+            self.save(state, results)
         self._clock = time.perf_counter()
+        return results
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -101,40 +116,33 @@ class Run:
 
     def save(self, state: TrainState, results: Results | None = None) -> None:
         """Writes a checkpoint of the state, asynchronously."""
-        if self.recording.save_every_steps:
-            checkpoints.save(self._checkpoints, int(state.step), state, _flat(results or {}))
+        checkpoints.save(self._checkpoints, int(state.step), state, _flat(results or {}))
 
     def record(self, state: TrainState, step: int, metrics: Metrics, batch: Batch) -> Results:
-        """Logs a step; evaluates, writes samples and saves when they are due. Returns the evaluations.
-
-        Metrics are fetched one step late, so that the host prepares a step while the device still works on the last.
-        """
-        self._flush()
-        self._waiting = (step, metrics | {"bad_updates": state.bad_updates + 0}, batch)
+        """Logs a step; evaluates, writes samples and saves when they are due. Returns the evaluations."""
+        self._state = state
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        seconds = time.perf_counter() - self._clock
+        phases, self._phases = self._phases, {}
+        values |= {f"seconds/{name}": spent for name, spent in phases.items()}
+        values |= {"seconds/step": seconds, "compilations": monitoring.compilations()}
+        values["tokens_per_second"] = values["tokens"] / seconds
+        values |= {f"tokens_per_second/{name}": values["tokens"] / spent for name, spent in phases.items()}
+        results = self._evaluated(state, step)
+        values |= _flat(results) | {"bad_updates": int(state.bad_updates)}
+        self._writers.write(step, values)
+        self._bar.update(step, values)
+        self._require_sense(step, values, batch)
         every, last = self.recording, step == self._num_steps
         if every.samples_every_steps and (last or step % every.samples_every_steps == 0):
             self._writers.write_samples(sample_rows(batch, self._task, step, every.samples_rows))
-        save = last or (every.save_every_steps > 0 and step % every.save_every_steps == 0)
-        results = self._flush(state) if save or self._evaluate.due(step, self._num_steps) else {}
-        if save:
+        if last or (every.save_every_steps and step % every.save_every_steps == 0):
             self.save(state, results)
+        self._clock = time.perf_counter()
         return results
 
-    def _flush(self, state: TrainState | None = None) -> Results:
-        """Writes the step that waits; with its state given, evaluates it first if that is due."""
-        if self._waiting is None:
-            return {}
-        (step, metrics, batch), self._waiting = self._waiting, None
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        seconds = time.perf_counter() - self._clock
-        values |= {f"seconds/{name}": spent for name, spent in self._phases.items()}
-        values |= {"seconds/step": seconds, "compilations": monitoring.compilations()}
-        values["tokens_per_second"] = values["tokens"] / seconds
-        values |= {f"tokens_per_second/{name}": values["tokens"] / s for name, s in self._phases.items()}
-        self._phases = {}
-        results = self._evaluated(state, step) if state is not None else {}
-        self._writers.write(step, values | _flat(results))
-        self._bar.update(step, values | _flat(results))
+    def _require_sense(self, step: int, values: dict[str, float], batch: Batch) -> None:
+        """Stops a run whose updates are not finite, or whose rewards are missing."""
         if values["bad_updates"] >= self.recording.max_bad_updates:
             self._stop(step, batch, int(values["bad_updates"]))
         if values.get("unscored_share", 0.0) > self.recording.max_unscored_share:
@@ -143,8 +151,6 @@ class Run:
             raise Stopped(f"step {step} has no reward for {share} of its rows ({', '.join(whose)}), more than "
                           "Recording.max_unscored_share: mend the reward, then train again from the last "
                           "checkpoint")  # fmt: skip
-        self._clock = time.perf_counter()
-        return results
 
     def _evaluated(self, state: TrainState, step: int) -> Results:
         if not self._evaluate.due(step, self._num_steps):
@@ -159,7 +165,7 @@ class Run:
         np.savez(dump, **{jax.tree_util.keystr(path).strip("."): leaf for path, leaf in leaves})
         raise Stopped(
             f"the loss or its gradient was not finite in {count} updates in a row, up to step {step}: the batch is in "
-            f"{dump}, the parameters of the last good update are in {self.folder / 'checkpoints'}"
+            f"{dump}, the parameters of the last good update are in {self.folder / 'checkpoints'}/{step}"
         )
 
 
@@ -169,9 +175,9 @@ def _flat(results: Results) -> dict[str, float]:
 
 def sample_rows(batch: Batch, task: Task, step: int, rows: int) -> list[dict[str, Any]]:
     """Rows from all over a step as plain Python: what the model saw, said and earned, token by token."""
-    total = batch.mask.shape[0]
+    batch, total = jax.device_get(batch), batch.mask.shape[0]
     chosen = np.arange(min(rows, total)) * total // max(1, min(rows, total))  # spread over the groups
-    batch = jax.device_get(jax.tree.map(lambda x: x[chosen], batch))
+    batch = jax.tree.map(operator.itemgetter(chosen), batch)
     samples = []
     for b in range(batch.mask.shape[0]):
         row = jax.tree.map(operator.itemgetter(b), batch)
@@ -198,13 +204,21 @@ def _plain(x: np.ndarray) -> list[float]:
     return [round(float(v), 5) for v in x]
 
 
+def read_results(folder: pathlib.Path, step: int) -> Results:
+    """The evaluations that results.json holds of a step."""
+    return {entry["task"]: entry["metrics"] for entry in _entries(folder) if entry["step"] == step}
+
+
 def write_results(folder: pathlib.Path, step: int, results: Results) -> None:
-    """Adds evaluations to results.json, in the place of those of the same or of later steps."""
-    path = folder / "results.json"
-    known = json.loads(path.read_text())["evaluations"] if path.is_file() else []
-    known = [entry for entry in known if entry["step"] < step]
+    """Adds evaluations to results.json: those of later steps go, and those of the same tasks at the same step."""
+    known = [e for e in _entries(folder) if e["step"] < step or (e["step"] == step and e["task"] not in results)]
     known += [{"step": step, "task": task, "metrics": found} for task, found in results.items()]
-    folders.write_atomically(path, json.dumps({"evaluations": known}, indent=1))
+    folders.write_atomically(folder / "results.json", json.dumps({"evaluations": known}, indent=1))
+
+
+def _entries(folder: pathlib.Path) -> list[dict[str, Any]]:
+    path = folder / "results.json"
+    return json.loads(path.read_text())["evaluations"] if path.is_file() else []
 
 
 def evaluate_run(folder: str | pathlib.Path, experiment: Any, loop: Any, *, task: str = "", prompts: int = 0,

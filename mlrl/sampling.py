@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mlrl.types import Array, Refused
+from mlrl.types import Array, Refused, require_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,10 +19,12 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
+        for name in ("temperature", "top_p"):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int | float):
+                raise Refused(f"Sampling.{name} must be a number, got {getattr(self, name)!r}")
+        require_whole("Sampling", "top_k", self.top_k, 0)
         if self.temperature < 0.0:
             raise Refused(f"Sampling.temperature must be at least 0.0, got {self.temperature}")
-        if self.top_k < 0:
-            raise Refused(f"Sampling.top_k must be at least 0, got {self.top_k}")
         if not 0.0 < self.top_p <= 1.0:
             raise Refused(f"Sampling.top_p must lie in (0, 1], got {self.top_p}")
 

@@ -32,6 +32,12 @@ class Refused(ValueError):
     """A mistake of the user's, in one line that says what to change; the command line prints only that."""
 
 
+def require_whole(noun: str, field: str, value: Any, lowest: int) -> None:
+    """Raises Refused unless `value` is a whole number of at least `lowest`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+        raise Refused(f"{noun}.{field} must be a whole number of at least {lowest}, got {value!r}")
+
+
 def _check_leaf(noun: str, field: str, leaf: Any, shape: tuple[int | None, ...], kind: str) -> None:
     """Raises Refused unless `leaf` has `shape` (None: any length) and a dtype of `kind` (numpy's letters)."""
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):

@@ -24,6 +24,7 @@ from mlrl.types import (
     Rollout,
     Scores,
     TrainState,
+    require_whole,
 )
 
 ScoreFn = Callable[[Params, Rollout], Scores]
@@ -167,6 +168,7 @@ def apply_gradients(state: TrainState, grads: Params, metrics: Metrics,
 
 def check_division(rows: int, minibatches: int, micro_batch_rows: int) -> None:
     """Raises Refused, in words, when rows do not divide into minibatches or these into micro-batches."""
+    require_whole("Experiment", "micro_batch_rows", micro_batch_rows, 0)
     if rows % minibatches:
         raise Refused(f"{rows} rows do not divide into minibatches = {minibatches}")
     if micro_batch_rows and (rows // minibatches) % micro_batch_rows:

@@ -32,6 +32,7 @@ from mlrl.types import (
     Scores,
     Task,
     Vocabulary,
+    require_whole,
 )
 from mlrl.updates import check_division, fields_read, total_loss
 
@@ -67,12 +68,16 @@ def rows_divide(experiment: Any, rows: int) -> None:
             raise Refused(f"Experiment.{name} must be a whole number, got {getattr(experiment, name)!r}")
         if getattr(experiment, name, 1) < 1:
             raise Refused(f"Experiment.{name} must be at least 1, got {getattr(experiment, name)}")
+    require_whole("Experiment", "seed", experiment.seed, 0)
     check_division(rows, experiment.minibatches, experiment.micro_batch_rows)
     devices = experiment.mesh().size
-    per_step = getattr(experiment, "prompts_per_step", rows)
-    if per_step % devices:
-        raise Refused(f"{per_step} prompts or rows a step do not divide over {devices} devices: change the number or "
-                      "data_mesh.devices")  # fmt: skip
+    pieces = {"prompts or rows a step": getattr(experiment, "prompts_per_step", rows),
+              "rows of a minibatch": rows // experiment.minibatches,
+              "micro_batch_rows": experiment.micro_batch_rows}  # fmt: skip
+    for name, count in pieces.items():
+        if count % devices:
+            raise Refused(f"{count} {name} do not divide over {devices} devices: change the number or "
+                          "data_mesh.devices")  # fmt: skip
 
 
 def what_is_read(losses: Sequence[LossFn], of_batch: Sequence[Callable[[Batch], Any]], batch: Batch) -> set[str]:
@@ -91,6 +96,14 @@ def compatible(config: Config, reads: set[str] | frozenset[str]) -> None:
     if {"Scores.values", "Batch.values"} & reads and not config.value_head:
         raise Refused("a loss or the advantage reads values, but the model has no value head: set "
                       "Config.value_head = True or choose an advantage without values")  # fmt: skip
+
+
+def stored_rows_suffice(reads: set[str] | frozenset[str]) -> None:
+    """The offline loop knows tokens and, if asked, the reference; what nobody computed must not be read."""
+    missing = sorted({"Batch.old_log_probs", "Batch.advantages", "Batch.returns", "Batch.values"} & reads)
+    if missing:
+        raise Refused(f"a loss reads {missing[0]}, which stored rows do not have: choose another loss, or the "
+                      "online loop")  # fmt: skip
 
 
 def groups_teach(advantage_fn: Callable[[Batch], Any], batch: Batch, group_size: int) -> None:
@@ -126,6 +139,7 @@ def evaluations_work(evaluations: Sequence[Evaluation]) -> None:
     if len(set(names)) < len(names):
         raise Refused(f"two evaluations have tasks of the same name, and results go by name: {sorted(names)}")
     for evaluation in evaluations:
+        prompts_lib.first(evaluation.task, evaluation.prompts)
         rewards_work(lift(evaluation.reward_fn), evaluation.task)
 
 

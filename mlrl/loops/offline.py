@@ -43,8 +43,9 @@ def never(results: Results) -> bool:
 
 
 def at_accuracy(results: Results, *, accuracy: float) -> bool:
-    """Stops once the greedy accuracy of every evaluation has reached `accuracy`."""
-    return bool(results) and all(found["greedy"]["value"] >= accuracy for found in results.values())
+    """Stops once the greedy accuracy of every evaluation has reached `accuracy`; sources of a mixture do not count."""
+    whole = [found["greedy"]["value"] for name, found in results.items() if "/" not in name]
+    return bool(whole) and min(whole) >= accuracy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +98,13 @@ def train(experiment: Experiment, run: runs.Run) -> TrainState:
         state = run.restore_or(abstract_state(parts), lambda: initial_state(parts), meshes.replicated(mesh))
         evaluate = evaluator(experiment.evaluations, parts.model, experiment.rollout_fn)
         next_rows, take_step = row_source(parts), jax.jit(functools.partial(learn, parts), donate_argnums=0)
-        run.begin(experiment.task, experiment.num_steps, evaluate, state)
+        if experiment.stop(run.begin(experiment.task, experiment.num_steps, evaluate, state)):
+            return state
         for step in range(int(state.step), experiment.num_steps):
             state, metrics, batch = take_step(state, next_rows(state, step))
-            if experiment.stop(run.record(state, step + 1, metrics, batch)):
-                run.save(state)
+            results = run.record(state, step + 1, metrics, batch)
+            if experiment.stop(results):
+                run.save(state, results)
                 break
     return state
 
@@ -115,6 +118,7 @@ def prepare(experiment: Experiment) -> Parts:
     batch = jax.eval_shape(unannotated, _abstract_rows(parts))
     parts = dataclasses.replace(parts, reads=frozenset(checks.what_is_read(experiment.losses, (), batch)))
     checks.compatible(experiment.model, parts.reads)
+    checks.stored_rows_suffice(parts.reads)
     checks.evaluations_work(experiment.evaluations)
     experiment.stop({})
     jax.eval_shape(functools.partial(learn, parts), abstract_state(parts), batch.rollout)
@@ -146,7 +150,7 @@ def learn(parts: Parts, state: TrainState, rollout: Rollout) -> tuple[TrainState
     experiment = parts.experiment
     batch = annotate(parts, state, unannotated(meshes.split_rows(rollout)))
     state, metrics = update(
-        state, batch, jax.random.fold_in(state.key, state.step),
+        state, batch, jax.random.fold_in(jax.random.fold_in(state.key, 0x73746570), state.step),
         score_fn=functools.partial(score, parts), losses=experiment.losses, reduction=experiment.reduction,
         optimizer=experiment.optimizer, minibatches=experiment.minibatches, epochs=experiment.epochs,
         micro_batch_rows=experiment.micro_batch_rows,
@@ -168,7 +172,8 @@ def score(parts: Parts, params: Params, rollout: Rollout) -> Any:
 
 def initial_state(parts: Parts) -> TrainState:
     """The state before the first step."""
-    return state_from(parts, parts.experiment.start(parts.model, jax.random.key(parts.experiment.seed)))
+    key = jax.random.fold_in(jax.random.key(parts.experiment.seed), 0x73746172)
+    return state_from(parts, parts.experiment.start(parts.model, key))
 
 
 def abstract_state(parts: Parts) -> TrainState:

@@ -33,6 +33,7 @@ from mlrl.types import (
     Params,
     Prompts,
     ReductionFn,
+    Refused,
     RewardFn,
     Rewards,
     Rollout,
@@ -144,7 +145,7 @@ def _asked_of_models(parts: Parts, prompts: Prompts, rollout: Rollout) -> set[st
     asked = set()
 
     def judge(state: TrainState, prompts: Prompts, rollout: Rollout) -> Rewards:
-        bound = models(parts, state.replace(reference=state.params), prompts)
+        bound = models(parts, state.replace(reference=state.params))
 
         def noted(rollout: Rollout) -> Scores:
             asked.add("Batch.reference_log_probs")
@@ -210,7 +211,7 @@ def sample_rows(parts: Parts, state: TrainState, prompts: Prompts) -> Rollout:
 def reward_rows(parts: Parts, state: TrainState, rollout: Rollout, prompts: Prompts) -> tuple[Rewards, Any]:
     """What the rows earned, and the reward's next state."""
     rows = prompts_lib.repeat(prompts, parts.experiment.group_size)
-    bound = models(parts, state, prompts)
+    bound = models(parts, state)
     rewards, reward_state = parts.reward.update(state.reward, rollout, rows, parts.experiment.task, bound)
     return rewards.check(), reward_state
 
@@ -255,27 +256,40 @@ def score(parts: Parts, params: Params, rollout: Rollout, prompts: Prompts) -> S
     )  # fmt: skip
 
 
-def models(parts: Parts, state: TrainState, prompts: Prompts) -> Models:
+def models(parts: Parts, state: TrainState) -> Models:
     """Models bound to their weights, for rewards that ask them."""
     experiment = parts.experiment
+
+    def asked(params: Params, rollout: Rollout) -> Scores:  # of any rows: a judge's prompts have another width
+        return scoring.score(parts.model, params, rollout, temperature=experiment.sampling.temperature,
+                             chunk_columns=experiment.score_chunk_columns)  # fmt: skip
+
+    def reference(rollout: Rollout) -> Scores:
+        if not jax.tree.leaves(state.reference):
+            raise Refused("a reward asks the reference beside a reward on the host, where it is kept only if a loss "
+                          "reads it: add regularizers.kl_penalty, or keep to rewards in the graph")  # fmt: skip
+        return asked(state.reference, rollout)
+
     return Models(
         generate=lambda prompts, key: experiment.rollout_fn(
             parts.model, state.params, prompts, key, vocabulary=experiment.task.vocabulary,
             sampling=experiment.sampling, group_size=1, policy_version=state.step,
         ),
-        score=lambda rollout: score(parts, state.params, rollout, prompts),
-        reference=lambda rollout: score(parts, state.reference, rollout, prompts),
+        score=functools.partial(asked, state.params),
+        reference=reference,
     )  # fmt: skip
 
 
 def step_key(state: TrainState, purpose: int) -> Array:
     """A key for one purpose in one step: resuming a run resumes its randomness."""
-    return jax.random.fold_in(jax.random.fold_in(state.key, state.step), purpose)
+    branch = jax.random.fold_in(state.key, 0x73746570)  # prompts, and the first parameters, have branches of their own
+    return jax.random.fold_in(jax.random.fold_in(branch, state.step), purpose)
 
 
 def initial_state(parts: Parts) -> TrainState:
     """The state before the first step."""
-    return state_from(parts, parts.experiment.start(parts.model, jax.random.key(parts.experiment.seed)))
+    key = jax.random.fold_in(jax.random.key(parts.experiment.seed), 0x73746172)
+    return state_from(parts, parts.experiment.start(parts.model, key))
 
 
 def abstract_state(parts: Parts) -> TrainState:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mlrl.models.attention import Attention, Cache
-from mlrl.types import Array, Params, Refused
+from mlrl.types import Array, Params, Refused, require_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +42,9 @@ class Config:
     param_dtype: str = "float32"
 
     def __post_init__(self):
+        require_whole("Config", "vocabulary_size", self.vocabulary_size, 0)
+        for name in ("width", "layers", "heads", "kv_heads", "head_width", "mlp_width"):
+            require_whole("Config", name, getattr(self, name), 1)
         if self.heads % self.kv_heads:
             raise Refused(f"Config.heads ({self.heads}) must be a multiple of Config.kv_heads ({self.kv_heads})")
         if self.head_width % 2:

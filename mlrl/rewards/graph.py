@@ -69,7 +69,8 @@ def random(*, seed: int = 0, rate: float = 0.5) -> RewardFn:
         raise Refused(f"random: rate must lie in [0, 1], got {rate}")
 
     def draw(calls: Array, rollout: Rollout, prompts: Prompts) -> tuple[Array, Array]:
-        key = jax.random.fold_in(jax.random.key(seed), calls)
+        branch = jax.random.fold_in(jax.random.key(seed), 0x72616E64)  # not the keys of a run with the same seed
+        key = jax.random.fold_in(branch, calls)
         return jax.random.bernoulli(key, rate, rollout.tokens.shape[:1]).astype(jnp.float32), calls + 1
 
     return stateful(lambda: jnp.zeros((), jnp.int32), draw, name="random")
