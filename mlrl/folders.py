@@ -15,7 +15,7 @@ def claim_run_folder(folder: str | os.PathLike, config: str, *, may_differ: tupl
     """Makes `folder` the home of the run that `config` describes, or confirms that it is.
 
     A fresh folder gets `config.gin`. A folder of the same run is left as it is; where only bindings named in
-    `may_differ` differ (a run that is made longer), `config.gin` is written anew.
+    `may_differ` differ (a run that is made longer), or no checkpoint was written yet, `config.gin` is written anew.
 
     Args:
       folder: the run folder; made when missing.

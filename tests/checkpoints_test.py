@@ -303,6 +303,9 @@ def test_a_folder_belongs_to_one_run(tmp_path):
     assert checkpoints.claim_run_folder(folder, CONFIG)
     assert checkpoints.claim_run_folder(folder, CONFIG.replace("# made by mlrl\n", "# by hand\n\n"))
     other = CONFIG.replace("SEED = 0", "SEED = 1").replace("@entropy_bonus", "@value_loss")
+    checkpoints.claim_run_folder(folder, other)  # no checkpoint yet: what was refused early is given up
+    checkpoints.claim_run_folder(folder, CONFIG)
+    (folder / "checkpoints" / "0").mkdir(parents=True)
     with pytest.raises(Refused) as refusal:
         checkpoints.claim_run_folder(folder, other)
     message = str(refusal.value)
@@ -313,6 +316,7 @@ def test_a_folder_belongs_to_one_run(tmp_path):
 
 def test_named_bindings_may_differ(tmp_path):
     checkpoints.claim_run_folder(tmp_path / "a", CONFIG)
+    (tmp_path / "a" / "checkpoints" / "0").mkdir(parents=True)
     longer = CONFIG.replace("num_steps = 10", "num_steps = 20")
     with pytest.raises(Refused, match=r"-Experiment.num_steps = 10; \+Experiment.num_steps = 20"):
         checkpoints.claim_run_folder(tmp_path / "a", longer, may_differ=("steps",))

@@ -179,7 +179,7 @@ def test_a_run_folder_that_cannot_be_written(train, folder):
 
 
 def test_a_run_folder_of_another_experiment(train):
-    pathlib.Path("run").mkdir()
+    pathlib.Path("run", "checkpoints", "0").mkdir(parents=True)
     pathlib.Path("my.gin").write_text(TINY)
     _, config = main.load("my.gin")
     pathlib.Path("run", "config.gin").write_text(config)
@@ -187,7 +187,7 @@ def test_a_run_folder_of_another_experiment(train):
     assert_one_line(found, "run holds another run", "-online.Experiment.group_size = 2",
                     "+online.Experiment.group_size = 4", "+SEED = 7")  # fmt: skip
     assert pathlib.Path("run", "config.gin").read_text() == config
-    assert sorted(path.name for path in pathlib.Path("run").iterdir()) == ["config.gin"]
+    assert sorted(path.name for path in pathlib.Path("run").iterdir()) == ["checkpoints", "config.gin"]
 
 
 def test_a_run_folder_of_something_else(train):
