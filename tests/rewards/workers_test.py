@@ -221,6 +221,7 @@ def test_knobs_bound_by_gin_reach_the_workers(tmp_path, monkeypatch):
         "    return f, g\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    gin.clear_config()  # another test may have left a finalized one
     gin.parse_config("""
         from __gin__ import dynamic_registration
         import gin_bound_reward
