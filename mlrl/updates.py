@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.interpreters import partial_eval
 
+from mlrl import reductions
 from mlrl.meshes import split_rows
 from mlrl.optimizers import current_learning_rate
 from mlrl.types import (
@@ -131,7 +132,7 @@ def update(
 
     def optimizer_step(state: TrainState, rows: Batch) -> tuple[TrainState, Metrics]:
         rows = split_rows(rows)
-        rows = rows.replace(weights=reduction(rows.mask), token_weights=_token_mean(rows.mask))
+        rows = rows.replace(weights=reduction(rows.mask), token_weights=reductions.token_mean(rows.mask))
         grads, metrics = gradients(state.params, rows, score_fn=score_fn, losses=losses,
                                    micro_batch_rows=micro_batch_rows)  # fmt: skip
         return apply_gradients(state, grads, metrics, optimizer)
@@ -175,11 +176,6 @@ def check_division(rows: int, minibatches: int, micro_batch_rows: int) -> None:
         raise Refused(
             f"a minibatch of {rows // minibatches} rows does not divide into micro_batch_rows = {micro_batch_rows}"
         )
-
-
-def _token_mean(mask: Array) -> Array:
-    mask = mask.astype(jnp.float32)
-    return mask / jnp.maximum(jnp.sum(mask), 1.0)
 
 
 def _split(tree: Any, pieces: int) -> Any:
