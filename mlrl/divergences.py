@@ -73,8 +73,8 @@ def limited(log_ratio: Array, *, estimator: Estimator = k3, limit: float = 20.0)
 class Controller(NamedTuple):
     """A coefficient that changes during a run: init() -> state; update(state, observed) -> state, once a step.
 
-    The state is one float32 scalar, the coefficient itself, meant for TrainState.controllers (no loop feeds it yet). `observed` is the
-    metric that is steered by.
+    The state is one float32 scalar, the coefficient itself, meant for TrainState.controllers (no loop feeds it yet).
+    `observed` is the metric that is steered by.
     """
 
     init: Callable[[], Array]

@@ -225,7 +225,7 @@ class TrainState:
     reference    the frozen reference's parameters, () when nothing reads them
     curriculum   state of the curriculum          (CurriculumFn)
     reward       state of the reward function     (RewardFn)
-    controllers  state of controllers, such as adaptive coefficients; a dict by name, empty so far: no loop feeds one yet
+    controllers  state of controllers, such as adaptive coefficients; a dict by name (no loop has one yet)
     bad_updates  [] int32   updates in a row that were skipped because loss or gradient was not finite
     """
 
