@@ -73,7 +73,7 @@ def limited(log_ratio: Array, *, estimator: Estimator = k3, limit: float = 20.0)
 class Controller(NamedTuple):
     """A coefficient that changes during a run: init() -> state; update(state, observed) -> state, once a step.
 
-    The state is one float32 scalar, the coefficient itself, meant for TrainState.controllers (no loop feeds it yet).
+    The state is one float32 scalar, the coefficient itself. `mlrl.controllers` puts it in a loop.
     `observed` is the metric that is steered by.
     """
 

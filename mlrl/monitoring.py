@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import jax
 import jax.numpy as jnp
 
@@ -35,6 +37,21 @@ def row_metrics(batch: Batch) -> Metrics:
         "tokens": jnp.sum(lengths),
         "padding_share": 1.0 - jnp.mean(rollout.valid.astype(jnp.float32)),
     }
+
+
+def reference_metrics(batch: Batch, reads: Collection[str]) -> Metrics:
+    """The raw KL of the policy before the update to its reference, by k1, if both are known.
+
+    "kl/reference_token" is a mean over the step's tokens, "kl/reference_row" over its rows' sums: what Ziegler et al.
+    2019 steer by, whether the penalty stands in the reward or in the loss.
+    """
+    if not {"Batch.old_log_probs", "Batch.reference_log_probs"} <= set(reads):
+        return {}
+    actions = batch.rollout.action_mask & batch.rewards.scored[:, None]
+    difference = jnp.where(actions, batch.old_log_probs - batch.reference_log_probs, 0.0)
+    total = jnp.sum(difference)
+    return {"kl/reference_token": total / jnp.maximum(jnp.sum(actions), 1),
+            "kl/reference_row": total / jnp.maximum(jnp.sum(actions.any(axis=1)), 1)}  # fmt: skip
 
 
 def step_metrics(batch: Batch) -> Metrics:

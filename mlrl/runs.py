@@ -26,6 +26,7 @@ class Recording:
     save_every_steps      a checkpoint every so many steps, besides the first and the last
     keep_last, keep_best  how many checkpoints stay; the best by `best_metric`, an evaluation's "task/metric"
     samples_every_steps   rows go to samples.jsonl every so many steps; `samples_rows` of them
+    phases_every_steps    how often the rollout is timed by itself where the whole step is one program; 0: never
     max_bad_updates       updates in a row that may be skipped because they were not finite
     max_unscored_share    the share of a step's rows that may go without a reward
     wandb                 also log to Weights & Biases
@@ -37,12 +38,13 @@ class Recording:
     best_metric: str = ""
     samples_every_steps: int = 10
     samples_rows: int = 8
+    phases_every_steps: int = 25
     max_bad_updates: int = 5
     max_unscored_share: float = 0.5
     wandb: bool = False
 
     def __post_init__(self):
-        for name in ("save_every_steps", "keep_best", "samples_every_steps", "samples_rows"):
+        for name in ("save_every_steps", "keep_best", "samples_every_steps", "samples_rows", "phases_every_steps"):
             require_whole("Recording", name, getattr(self, name), 0)
         for name in ("keep_last", "max_bad_updates"):
             require_whole("Recording", name, getattr(self, name), 1)
@@ -68,6 +70,8 @@ class Run:
             best_metric=recording.best_metric,
         )
         self._phases: dict[str, float] = {}
+        self._rehearsed: dict[str, float] = {}
+        self._steps, self._rehearsal_compiled = 0, False
         self._state: TrainState | None = None
         self._closers = contextlib.ExitStack()
 
@@ -94,7 +98,7 @@ class Run:
         Returns: the evaluations of the state, those in results.json if the run resumes; {} if there are none.
         """
         self._task, self._num_steps, self._evaluate = task, num_steps, evaluate
-        step = int(state.step)
+        step = self._steps = int(state.step)
         self._writers = writers.open_writers(self.folder, wandb=self.recording.wandb, resume_step=step)
         self._closers.callback(self._writers.close)
         self._bar = writers.progress_bar(num_steps, first_step=step, title=self._title)
@@ -114,6 +118,24 @@ class Run:
         yield
         self._phases[name] = self._phases.get(name, 0.0) + time.perf_counter() - start
 
+    def rehearse(self, name: str, phase: Callable[[], Any]) -> None:
+        """Times one phase of a step that is one program, by running it once more beside the step, when that is due.
+
+        What it makes is thrown away and its time is not counted to the step. Logged as seconds/<name>, and the rest of
+        the step as seconds/update. The first rehearsal compiles, so it is run twice.
+        """
+        every, self._steps = self.recording.phases_every_steps, self._steps + 1
+        if not every or self._steps % every:
+            return
+        start = time.perf_counter()
+        if not self._rehearsal_compiled:
+            jax.block_until_ready(phase())
+            self._rehearsal_compiled = True
+        before = time.perf_counter()
+        jax.block_until_ready(phase())
+        self._rehearsed[name] = time.perf_counter() - before
+        self._clock += time.perf_counter() - start
+
     def save(self, state: TrainState, results: Results | None = None) -> None:
         """Writes a checkpoint of the state, asynchronously."""
         checkpoints.save(self._checkpoints, int(state.step), state, _flat(results or {}))
@@ -124,6 +146,9 @@ class Run:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         seconds = time.perf_counter() - self._clock
         phases, self._phases = self._phases, {}
+        if self._rehearsed:
+            phases = self._rehearsed | {"update": max(seconds - sum(self._rehearsed.values()), 1e-9)}
+            self._rehearsed = {}
         values |= {f"seconds/{name}": spent for name, spent in phases.items()}
         values |= {"seconds/step": seconds, "compilations": monitoring.compilations()}
         values["tokens_per_second"] = values["tokens"] / seconds

@@ -23,7 +23,7 @@ def log_distribution(logits: Array, temperature: float) -> Array:
 
 
 def score(model: Transformer, params: Params, rollout: Rollout, *, temperature: float = 1.0,
-          first_column: int = 1, chunk_columns: int = 0) -> Scores:  # fmt: skip
+          first_column: int = 1, chunk_columns: int = 0, with_logits: bool = False) -> Scores:  # fmt: skip
     """Log-probs, entropies and values of a rollout's tokens under `params`.
 
     log_probs[b, t] = log softmax(logits[b, t-1] / temperature)[tokens[b, t]]
@@ -38,6 +38,7 @@ def score(model: Transformer, params: Params, rollout: Rollout, *, temperature: 
         share of the output head. At least 1, since the first token has nothing to condition on.
       chunk_columns: score the head in chunks of so many columns, recomputing them in the backward pass, so
         that memory is [B, chunk, V] and not [B, L, V]; 0: all at once.
+      with_logits: also gives logits / temperature, [B,L,V], for losses over whole distributions.
     Returns: Scores, each [B,L] float32, 0 where not valid.
     """
     rollout_length = rollout.tokens.shape[1]
@@ -56,7 +57,11 @@ def score(model: Transformer, params: Params, rollout: Rollout, *, temperature: 
     values = apply(before, method=Transformer.values) if model.config.value_head else jnp.zeros_like(log_probs)
     scored = rollout.valid[:, first_column:]
     widen = lambda x: jnp.pad(jnp.where(scored, x, 0.0), ((0, 0), (rollout_length - x.shape[1], 0)))  # noqa: E731
-    return Scores(log_probs=widen(log_probs), entropy=widen(entropy), values=widen(values))
+    logits = ()
+    if with_logits:
+        whole = apply(before, method=Transformer.logits) / (temperature or 1.0)
+        logits = jnp.pad(whole, ((0, 0), (rollout_length - whole.shape[1], 0), (0, 0)))
+    return Scores(log_probs=widen(log_probs), entropy=widen(entropy), values=widen(values), logits=logits)
 
 
 def _in_chunks(head: Callable, before: Array, tokens: Array, chunk_columns: int) -> tuple[Array, Array]:

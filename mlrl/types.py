@@ -159,11 +159,13 @@ class Scores:
     entropy   [B,L] float32  entropy of the distribution each token was drawn from, in nats
     values    [B,L] float32  the value head's estimate of the return *before* each token is chosen
                              (0 everywhere for a model without one)
+    logits    [B,L,V] float32  of the distribution each token was drawn from; () unless a loss reads it
     """
 
     log_probs: Array
     entropy: Array
     values: Array
+    logits: Any = ()
 
     def check(self) -> Scores:
         """Returns itself, or raises Refused naming the field whose shape or dtype is wrong."""
@@ -172,6 +174,18 @@ class Scores:
         _check_leaf("Scores", "entropy", self.entropy, shape, "f")
         _check_leaf("Scores", "values", self.values, shape, "f")
         return self
+
+
+@struct.dataclass
+class Distribution:
+    """What a model thinks of every next token: the ids it was asked about, and their log-probs.
+
+    ids       [B,L,K] int32    K likeliest tokens, or all V in their order
+    log_probs [B,L,K] float32  normalized over the whole vocabulary
+    """
+
+    ids: Array
+    log_probs: Array
 
 
 @struct.dataclass
@@ -190,6 +204,7 @@ class Batch:
                                          reduction over the whole minibatch, so micro-batches and data
                                          shards only add up; 0 outside the mask
     token_weights         [B,L] float32  mask / sum(mask) over the minibatch: the weights of token means in metrics
+    reference_distribution  Distribution of the reference at each token; () unless a loss reads it
     """
 
     rollout: Rollout
@@ -202,6 +217,7 @@ class Batch:
     mask: Array
     weights: Array
     token_weights: Array
+    reference_distribution: Any = ()
 
     def check(self) -> Batch:
         """Returns itself, or raises Refused naming the field whose shape or dtype is wrong."""
@@ -222,10 +238,10 @@ class TrainState:
     key          PRNG key of the run; every random choice folds the step into it
     params       the policy (and value) parameters
     opt_state    the optimizer's state
-    reference    the frozen reference's parameters, () when nothing reads them
+    reference    the parameters of the frozen reference (or teacher), () when nothing reads them
     curriculum   state of the curriculum          (CurriculumFn)
     reward       state of the reward function     (RewardFn)
-    controllers  state of controllers, such as adaptive coefficients; a dict by name (no loop has one yet)
+    controllers  what each controlled knob stands at, by name (mlrl.controllers)
     bad_updates  [] int32   updates in a row that were skipped because loss or gradient was not finite
     """
 

@@ -13,7 +13,8 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "mlrl"
 BLOCKS = (
     ("the surface", "__init__"),
     ("types", "types"),
-    ("arithmetic", "reductions divergences importance groups returns advantages selection metrics monitoring losses"),
+    ("arithmetic", "reductions divergences controllers importance groups returns advantages selection metrics "
+                   "monitoring losses"),
     ("data", "tokenizer_files vocabularies tasks prompts curricula data"),
     ("models", "models scoring"),
     ("rollout", "sampling generation rollouts environments"),

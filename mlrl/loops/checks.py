@@ -22,6 +22,7 @@ from mlrl.sampling import Sampling
 from mlrl.types import (
     Batch,
     CurriculumFn,
+    Distribution,
     LossFn,
     Models,
     Prompts,
@@ -80,11 +81,16 @@ def rows_divide(experiment: Any, rows: int) -> None:
                           "data_mesh.devices")  # fmt: skip
 
 
-def what_is_read(losses: Sequence[LossFn], of_batch: Sequence[Callable[[Batch], Any]], batch: Batch) -> set[str]:
+def what_is_read(losses: Sequence[LossFn], of_batch: Sequence[Callable[[Batch], Any]], batch: Batch,
+                 vocabulary_size: int) -> set[str]:  # fmt: skip
     """Names such as "Batch.values" and "Scores.entropy" of the fields that anything looks at."""
     if not losses:
         raise Refused("Experiment.losses is empty: name at least one loss")
-    scores = Scores(batch.advantages, batch.advantages, batch.advantages)
+    number = batch.advantages
+    wide = jax.ShapeDtypeStruct((*number.shape, vocabulary_size), jnp.float32)
+    scores = Scores(number, number, number, logits=wide)
+    ids = jax.ShapeDtypeStruct(wide.shape, jnp.int32)
+    batch = batch.replace(reference_distribution=Distribution(ids, wide))
     reads = fields_read(lambda s, b: total_loss(losses, s, b)[0], scores, batch)
     for function in of_batch:
         reads |= fields_read(function, batch)
@@ -96,6 +102,36 @@ def compatible(config: Config, reads: set[str] | frozenset[str]) -> None:
     if {"Scores.values", "Batch.values"} & reads and not config.value_head:
         raise Refused("a loss or the advantage reads values, but the model has no value head: set "
                       "Config.value_head = True or choose an advantage without values")  # fmt: skip
+
+
+def one_kl(losses: Sequence[LossFn], advantage_fn: Callable[[Batch], Any], batch: Batch) -> None:
+    """A KL to the reference stands in the reward or in the loss, never in both."""
+    in_reward = "Batch.reference_log_probs" in fields_read(lambda b: advantage_fn(b)[0], batch)
+    scores = Scores(batch.advantages, batch.advantages, batch.advantages)
+    for loss_fn in losses if in_reward else ():
+        # One whose gradient has both the reference and no advantage is a penalty of its own.
+        reads = _reads_or_nothing(lambda s, b, f=loss_fn: f(s, b)[0], scores, batch)
+        if "Batch.reference_log_probs" in reads:
+            raise Refused(f"the KL to the reference is in the reward (the advantage reads it) and in the loss "
+                          f"{name_of(loss_fn)}: it would count twice; set one of the two kl_coef to 0.0")  # fmt: skip
+
+
+def _reads_or_nothing(function: Callable, scores: Scores, batch: Batch) -> set[str]:
+    try:
+        return fields_read(function, scores, batch)
+    except (TypeError, ValueError, AttributeError):  # it reads whole distributions, which are not given here
+        return set()
+
+
+def refill_fits(experiment: Any, reward_in_graph: bool) -> None:
+    """Dynamic sampling draws prompts where the step runs, and keeps in the end what it drew for."""
+    require_whole("Experiment", "max_attempts", experiment.max_attempts, 1)
+    if experiment.max_attempts == 1:
+        return
+    if reward_in_graph and not experiment.task.in_graph:
+        raise Refused(f"Experiment.max_attempts is {experiment.max_attempts}, but new prompts cannot be drawn inside "
+                      "the step: the task is on the host and the reward in the graph; set max_attempts to 1, or judge "
+                      "on the host with completions.per_completion")  # fmt: skip
 
 
 def stored_rows_suffice(reads: set[str] | frozenset[str]) -> None:

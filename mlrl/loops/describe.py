@@ -35,6 +35,14 @@ def the_update(experiment: Any, rows: int) -> str:
             f"{each} rows{pieces}")  # fmt: skip
 
 
+def the_refill(experiment: Any, rows: int) -> list[str]:
+    """Dynamic sampling in words; nothing without it."""
+    most = experiment.max_attempts
+    if most == 1:
+        return []
+    return [f"prompts whose rows teach nothing are exchanged, in at most {most} draws: {most * rows} rows sampled"]
+
+
 def the_model(config: Config, state: TrainState) -> str:
     """Size and dtypes of the model."""
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))

@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mlrl import meshes, optimizers, prompts, reductions, runs, scoring
+from mlrl import controllers, meshes, optimizers, prompts, reductions, runs, scoring
+from mlrl.controllers import Controlled
 from mlrl.evaluation import Evaluation, Results, evaluator
-from mlrl.loops import checks
+from mlrl.loops import checks, stages
 from mlrl.loops import describe as describe_
-from mlrl.loops.start import random_parameters
+from mlrl.loops.start import Reference, StartFn, own_start, random_parameters
+from mlrl.loops.states import abstract_state, initial_state
 from mlrl.losses.supervised import next_token
 from mlrl.models.transformer import Config, Transformer
 from mlrl.monitoring import row_metrics
@@ -30,6 +32,7 @@ from mlrl.types import (
     ReductionFn,
     Rollout,
     RolloutFn,
+    Scores,
     Task,
     TrainState,
 )
@@ -56,14 +59,16 @@ class Experiment:
 
     task         where the rows come from
     rows_fn      (task, key, step, rows, weights) -> Rollout: by default the task's demonstrations
-    losses       functions of (Scores, Batch), summed
+    losses       functions of (Scores, Batch), summed; any may be controllers.controlled
+    reference    the frozen model that losses read as reference_log_probs; a teacher is one
+    reference_tokens  of the reference's distributions, for losses that read them: so many likeliest; 0: all
     stop         results of an evaluation -> whether that is enough
     rollout_fn   how the evaluations sample
     """
 
     task: Task
     num_steps: int
-    losses: tuple[LossFn, ...] = (next_token,)
+    losses: tuple[LossFn | Controlled, ...] = (next_token,)
     rows_fn: Callable[..., Rollout] = prompts.demonstrations
     model: Config = Config()
     rows_per_step: int = 64
@@ -73,7 +78,9 @@ class Experiment:
     epochs: int = 1
     micro_batch_rows: int = 0
     score_chunk_columns: int = 0
-    start: Callable[[Transformer, Array], Params] = random_parameters
+    start: StartFn = random_parameters
+    reference: Reference = own_start()
+    reference_tokens: int = 0
     stop: Callable[[Results], bool] = never
     evaluations: tuple[Evaluation, ...] = ()
     rollout_fn: RolloutFn = single_turn
@@ -88,7 +95,12 @@ class Parts:
 
     experiment: Experiment
     model: Transformer
+    reference_model: Transformer
     reads: frozenset[str]
+
+    def stateful(self) -> dict[str, Any]:
+        """Nothing else remembers."""
+        return {}
 
 
 def train(experiment: Experiment, run: runs.Run) -> TrainState:
@@ -114,9 +126,10 @@ def prepare(experiment: Experiment) -> Parts:
     checks.nouns(experiment)
     model = checks.model_for(experiment.model, experiment.task.vocabulary)
     checks.rows_divide(experiment, experiment.rows_per_step)
-    parts = Parts(experiment, model, frozenset())
+    parts = Parts(experiment, model, experiment.reference.model(model), frozenset())
     batch = jax.eval_shape(unannotated, _abstract_rows(parts))
-    parts = dataclasses.replace(parts, reads=frozenset(checks.what_is_read(experiment.losses, (), batch)))
+    parts = dataclasses.replace(parts, reads=frozenset(checks.what_is_read(
+        losses(parts, controllers.initial(experiment)), (), batch, model.config.vocabulary_size)))
     checks.compatible(experiment.model, parts.reads)
     checks.stored_rows_suffice(parts.reads)
     checks.evaluations_work(experiment.evaluations)
@@ -148,50 +161,32 @@ def _abstract_rows(parts: Parts) -> Rollout:
 def learn(parts: Parts, state: TrainState, rollout: Rollout) -> tuple[TrainState, Metrics, Batch]:
     """Annotate the rows and update: the state of the next step, metrics, and the rows."""
     experiment = parts.experiment
-    batch = annotate(parts, state, unannotated(meshes.split_rows(rollout)))
+    score_rows = functools.partial(score, parts)
+    batch = stages.annotate(parts, state, unannotated(meshes.split_rows(rollout)), score_rows)
+    with_logits = "Scores.logits" in parts.reads
     state, metrics = update(
-        state, batch, jax.random.fold_in(jax.random.fold_in(state.key, 0x73746570), state.step),
-        score_fn=functools.partial(score, parts), losses=experiment.losses, reduction=experiment.reduction,
-        optimizer=experiment.optimizer, minibatches=experiment.minibatches, epochs=experiment.epochs,
-        micro_batch_rows=experiment.micro_batch_rows,
+        state, batch, stages.step_key(state, 0), losses=losses(parts, state.controllers),
+        score_fn=lambda params, rows: score_rows(parts.model, params, rows, with_logits=with_logits),
+        reduction=experiment.reduction, optimizer=experiment.optimizer, minibatches=experiment.minibatches,
+        epochs=experiment.epochs, micro_batch_rows=experiment.micro_batch_rows,
     )  # fmt: skip
-    return state.replace(step=state.step + 1), metrics | row_metrics(batch), batch
+    metrics |= row_metrics(batch) | controllers.as_metrics(state.controllers)
+    turned = controllers.turned(experiment, state.controllers, metrics)
+    return state.replace(step=state.step + 1, controllers=turned), metrics, batch
 
 
-def annotate(parts: Parts, state: TrainState, batch: Batch) -> Batch:
-    """Adds the reference's log-probs, if anything reads them."""
-    if "Batch.reference_log_probs" in parts.reads:
-        batch = batch.replace(reference_log_probs=score(parts, state.reference, batch.rollout).log_probs)
-    return jax.lax.stop_gradient(batch)
+def losses(parts: Parts, states: dict[str, Array]) -> tuple[LossFn, ...]:
+    """The losses, with controlled knobs where their controllers have them."""
+    return tuple(controllers.bound(loss_fn, states) for loss_fn in parts.experiment.losses)
 
 
-def score(parts: Parts, params: Params, rollout: Rollout) -> Any:
+def score(parts: Parts, model: Transformer, params: Params, rollout: Rollout, *, with_logits: bool = False) -> Scores:
     """The learner's forward pass, at temperature 1."""
-    return scoring.score(parts.model, params, rollout, chunk_columns=parts.experiment.score_chunk_columns)
+    return scoring.score(model, params, rollout, chunk_columns=parts.experiment.score_chunk_columns,
+                         with_logits=with_logits)  # fmt: skip
 
 
-def initial_state(parts: Parts) -> TrainState:
-    """The state before the first step."""
-    key = jax.random.fold_in(jax.random.key(parts.experiment.seed), 0x73746172)
-    return state_from(parts, parts.experiment.start(parts.model, key))
-
-
-def abstract_state(parts: Parts) -> TrainState:
-    """Shapes and dtypes of the state, without computing any of it."""
-    return jax.eval_shape(lambda key: state_from(parts, random_parameters(parts.model, key)), jax.random.key(0))
-
-
-def state_from(parts: Parts, params: Params) -> TrainState:
-    """The state of step 0 around the first parameters."""
-    reference = params if "Batch.reference_log_probs" in parts.reads else ()
-    return TrainState(
-        step=jnp.int32(0), key=jax.random.key(parts.experiment.seed), params=params,
-        opt_state=parts.experiment.optimizer.init(params), reference=jax.tree.map(jnp.copy, reference),
-        curriculum=(), reward=(), controllers={}, bad_updates=jnp.int32(0),
-    )  # fmt: skip
-
-
-def warm_start(*, experiment: Experiment) -> Callable[[Transformer, Array], Params]:
+def warm_start(*, experiment: Experiment) -> StartFn:
     """A start for another experiment: the parameters that this offline experiment ends with.
 
     Its own model and seed are replaced by those it is asked for. What it learned is kept in the other run's first

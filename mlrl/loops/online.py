@@ -11,14 +11,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mlrl import advantages, curricula, meshes, optimizers, reductions, runs, scoring, selection
+from mlrl import advantages, controllers, curricula, meshes, optimizers, reductions, runs, scoring, selection
 from mlrl import prompts as prompts_lib
+from mlrl.controllers import Controlled
 from mlrl.evaluation import Evaluation, evaluator
-from mlrl.loops import checks
+from mlrl.loops import checks, refill, stages
 from mlrl.loops import describe as describe_
-from mlrl.loops.start import random_parameters
+from mlrl.loops.start import Reference, StartFn, own_start, random_parameters
+from mlrl.loops.states import abstract_state, initial_state
 from mlrl.models.transformer import Config, Transformer
-from mlrl.monitoring import step_metrics
+from mlrl.monitoring import reference_metrics, step_metrics
 from mlrl.rewards.lifting import lift
 from mlrl.rollouts.single_turn import single_turn
 from mlrl.sampling import Sampling
@@ -29,11 +31,9 @@ from mlrl.types import (
     CurriculumFn,
     LossFn,
     Metrics,
-    Models,
     Params,
     Prompts,
     ReductionFn,
-    Refused,
     RewardFn,
     Rewards,
     Rollout,
@@ -55,41 +55,49 @@ class Experiment:
 
     task            where prompts come from
     reward_fn       a plain function (see mlrl.rewards.lifting.lift) or a RewardFn
-    losses          functions of (Scores, Batch), summed
+    losses          functions of (Scores, Batch), summed; any may be controllers.controlled
     model           the shape of the policy (and of the value head on its trunk)
     rollout_fn      how prompts become rows
     sampling        temperature and filters; the learner scores at the same temperature
-    advantage_fn    Batch -> (advantages, returns)
+    advantage_fn    Batch -> (advantages, returns); may be controllers.controlled
     select_fn       Batch -> rows that stay in the loss
     reduction       mask -> weights: what "mean" means, over a whole minibatch
     old_log_probs   the ratio's denominator: as recorded by the sampler, or recomputed
     optimizer       an optax transformation
     curriculum      sampling weights over the task's sources
-    start           (model, key) -> the first parameters, also those of the frozen reference
+    refill_fn       Batch -> rows worth learning from; prompts none of whose rows are make room for new prompts,
+    max_attempts    until the step has had so many draws of `prompts_per_step` prompts; 1: no refill
+    reference       the frozen model that losses read as reference_log_probs; a teacher is one
+    reference_tokens  of the reference's distributions, for losses that read them: so many likeliest; 0: all
+    start           (model, key) -> the first parameters
     evaluations     what to measure on held-out prompts
     mesh            the devices, as a function, so that an experiment can be read without touching them
     """
 
     task: Task
     reward_fn: RewardFn | Callable
-    losses: tuple[LossFn, ...]
+    losses: tuple[LossFn | Controlled, ...]
     num_steps: int
     model: Config = Config()
     prompts_per_step: int = 32
     group_size: int = 8
     rollout_fn: RolloutFn = single_turn
     sampling: Sampling = Sampling()
-    advantage_fn: AdvantageFn = advantages.grpo
+    advantage_fn: AdvantageFn | Controlled = advantages.grpo
     select_fn: SelectFn = selection.keep_all
     reduction: ReductionFn = reductions.token_mean
     old_log_probs: Callable[..., Array] = scoring.sampler_log_probs
     optimizer: optax.GradientTransformation = optimizers.adamw()
     curriculum: CurriculumFn = curricula.fixed()
+    refill_fn: SelectFn = selection.keep_all
+    max_attempts: int = 1
     minibatches: int = 1
     epochs: int = 1
     micro_batch_rows: int = 0
     score_chunk_columns: int = 0
-    start: Callable[[Transformer, Array], Params] = random_parameters
+    start: StartFn = random_parameters
+    reference: Reference = own_start()
+    reference_tokens: int = 0
     evaluations: tuple[Evaluation, ...] = ()
     mesh: Callable[[], jax.sharding.Mesh] = meshes.data_mesh
     recording: runs.Recording = runs.Recording()
@@ -98,12 +106,17 @@ class Experiment:
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """An experiment closed over its model and checked. Nothing is compiled yet."""
+    """An experiment closed over its models and checked. Nothing is compiled yet."""
 
     experiment: Experiment
     model: Transformer
+    reference_model: Transformer
     reward: RewardFn
     reads: frozenset[str]  # the fields that losses, advantage and selection look at: nothing else is computed
+
+    def stateful(self) -> dict[str, Any]:
+        """First states of the curriculum and the reward."""
+        return {"curriculum": self.experiment.curriculum.init(self.experiment.task), "reward": self.reward.init()}
 
 
 def train(experiment: Experiment, run: runs.Run) -> TrainState:
@@ -126,18 +139,28 @@ def prepare(experiment: Experiment) -> Parts:
     checks.nouns(experiment)
     model = checks.model_for(experiment.model, experiment.task.vocabulary)
     checks.rows_divide(experiment, experiment.prompts_per_step * experiment.group_size)
-    parts = Parts(experiment, model, lift(experiment.reward_fn), frozenset())
+    reference = experiment.reference.model(model)
+    parts = Parts(experiment, model, reference, lift(experiment.reward_fn), frozenset())
     checks.rewards_work(parts.reward, experiment.task)
     checks.evaluations_work(experiment.evaluations)
     prompts, rollout, rewards = _abstract_step(parts)
     batch = jax.eval_shape(unannotated, rollout, rewards)
-    reads = checks.what_is_read(experiment.losses, (experiment.advantage_fn, experiment.select_fn), batch)
+    losses, advantage_fn = bound(parts, controllers.initial(experiment))
+    reads = checks.what_is_read(losses, (advantage_fn, experiment.select_fn), batch, model.config.vocabulary_size)
     parts = dataclasses.replace(parts, reads=frozenset(reads | _asked_of_models(parts, prompts, rollout)))
     checks.compatible(experiment.model, reads)
-    checks.groups_teach(experiment.advantage_fn, batch, experiment.group_size)
+    checks.one_kl(losses, advantage_fn, batch)
+    checks.groups_teach(advantage_fn, batch, experiment.group_size)
     checks.sampling_fits(experiment.sampling, experiment.old_log_probs, reads)
+    checks.refill_fits(experiment, parts.reward.in_graph)
     jax.eval_shape(functools.partial(learn, parts), abstract_state(parts), prompts, rollout, rewards)
     return parts
+
+
+def bound(parts: Parts, states: dict[str, Array]) -> tuple[tuple[LossFn, ...], AdvantageFn]:
+    """The losses and the advantage function, with controlled knobs where their controllers have them."""
+    losses = tuple(controllers.bound(loss_fn, states) for loss_fn in parts.experiment.losses)
+    return losses, controllers.bound(parts.experiment.advantage_fn, states)
 
 
 def _asked_of_models(parts: Parts, prompts: Prompts, rollout: Rollout) -> set[str]:
@@ -145,22 +168,24 @@ def _asked_of_models(parts: Parts, prompts: Prompts, rollout: Rollout) -> set[st
     asked = set()
 
     def judge(state: TrainState, prompts: Prompts, rollout: Rollout) -> Rewards:
-        bound = models(parts, state.replace(reference=state.params))
+        bound_ = stages.models(parts, state.replace(reference=state.params))
 
         def noted(rollout: Rollout) -> Scores:
             asked.add("Batch.reference_log_probs")
-            return bound.reference(rollout)
+            return bound_.score(rollout)
 
-        rows, bound_ = prompts_lib.repeat(prompts, parts.experiment.group_size), bound._replace(reference=noted)
-        return parts.reward.update(state.reward, rollout, rows, parts.experiment.task, bound_)[0].check()
+        rows = prompts_lib.repeat(prompts, parts.experiment.group_size)
+        models = bound_._replace(reference=noted)
+        return parts.reward.update(state.reward, rollout, rows, parts.experiment.task, models)[0].check()
 
     if parts.reward.in_graph:
         jax.eval_shape(judge, abstract_state(parts), prompts, rollout)
     return asked
 
 
-def prompt_source(parts: Parts) -> Callable[[TrainState, int], Prompts]:
-    """(state, step) -> the step's prompts, a pure function of the run's key, the step and the curriculum's state."""
+def prompt_source(parts: Parts) -> Callable[..., Prompts]:
+    """(state, step, attempt = 0) -> prompts, a pure function of the run's key, the numbers and the curriculum's state.
+    """
     experiment = parts.experiment
 
     def draw(key: Array, step: Array | int, curriculum_state: Any) -> Prompts:
@@ -169,143 +194,95 @@ def prompt_source(parts: Parts) -> Callable[[TrainState, int], Prompts]:
 
     if experiment.task.in_graph:
         draw = jax.jit(draw)
-    return lambda state, step: draw(state.key, step, state.curriculum).check()
+    most = experiment.max_attempts
+    return lambda state, step, attempt=0: draw(state.key, step * most + attempt, state.curriculum).check()
 
 
 def step_function(parts: Parts, run: runs.Run) -> Callable[[TrainState, Prompts], tuple[TrainState, Metrics, Batch]]:
     """The step: one jit when the reward is in the graph, else two with the host's rewards between them."""
+    sample, next_prompts = jax.jit(functools.partial(sample_rows, parts)), prompt_source(parts)
     if parts.reward.in_graph:
-        return jax.jit(functools.partial(whole_step, parts), donate_argnums=0)
-    sample, learn_ = jax.jit(functools.partial(sample_rows, parts)), jax.jit(functools.partial(learn, parts))
+        whole = jax.jit(functools.partial(whole_step, parts), donate_argnums=0)
+
+        def one_program(state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics, Batch]:
+            run.rehearse("rollout", lambda: sample(state, prompts))  # inside one program, phases cannot be timed
+            return whole(state, prompts)
+
+        return one_program
+    learn_ = jax.jit(functools.partial(learn, parts))
 
     def step(state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics, Batch]:
-        with run.phase("rollout"):
-            rollout = jax.block_until_ready(sample(state, prompts))
-        with run.phase("reward"):
-            rewards, reward_state = reward_rows(parts, state, jax.device_get(rollout), jax.device_get(prompts))
+        def attempt(number: int, reward_state: Any) -> tuple[Prompts, Rollout, Rewards, Any]:
+            drawn = next_prompts(state, int(state.step), number) if number else prompts
+            with run.phase("rollout"):
+                rollout = jax.block_until_ready(sample(state, drawn, number))
+            with run.phase("reward"):
+                on_host = jax.device_get(rollout), jax.device_get(drawn)
+                rewards, reward_state = stages.reward_rows(parts, state.replace(reward=reward_state), *on_host)
+            return drawn, rollout, rewards, reward_state
+
+        rows, reward_state, counts = refill.on_host(parts, attempt, state.reward)
         with run.phase("update"):
-            return jax.block_until_ready(learn_(state.replace(reward=reward_state), prompts, rollout, rewards))
+            state, metrics, batch = learn_(state.replace(reward=reward_state), *rows)
+            return jax.block_until_ready((state, metrics | counts, batch))
 
     return step
 
 
 def whole_step(parts: Parts, state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics, Batch]:
     """One training step as one pure function: sample, reward, learn."""
-    rollout = sample_rows(parts, state, prompts)
-    rewards, reward_state = reward_rows(parts, state, rollout, prompts)
-    return learn(parts, state.replace(reward=reward_state), prompts, rollout, rewards)
+    next_prompts = prompt_source(parts)
+
+    def attempt(number: Array | int, reward_state: Any) -> tuple[Prompts, Rollout, Rewards, Any]:
+        drawn = prompts if isinstance(number, int) else next_prompts(state, state.step, number)
+        rollout = sample_rows(parts, state, drawn, number)
+        rewards, reward_state = stages.reward_rows(parts, state.replace(reward=reward_state), rollout, drawn)
+        return drawn, rollout, rewards, reward_state
+
+    rows, reward_state, counts = refill.in_graph(parts, attempt, state.reward)
+    state, metrics, batch = learn(parts, state.replace(reward=reward_state), *rows)
+    return state, metrics | counts, batch
 
 
-def sample_rows(parts: Parts, state: TrainState, prompts: Prompts) -> Rollout:
-    """The current policy's episodes: [N] prompts -> [B] rows."""
-    experiment = parts.experiment
-    return meshes.split_rows(
-        experiment.rollout_fn(
-            parts.model, state.params, meshes.split_rows(prompts), step_key(state, 0),
-            vocabulary=experiment.task.vocabulary, sampling=experiment.sampling,
-            group_size=experiment.group_size, policy_version=state.step,
-        ).check()
-    )  # fmt: skip
-
-
-def reward_rows(parts: Parts, state: TrainState, rollout: Rollout, prompts: Prompts) -> tuple[Rewards, Any]:
-    """What the rows earned, and the reward's next state."""
-    rows = prompts_lib.repeat(prompts, parts.experiment.group_size)
-    bound = models(parts, state)
-    rewards, reward_state = parts.reward.update(state.reward, rollout, rows, parts.experiment.task, bound)
-    return rewards.check(), reward_state
+def sample_rows(parts: Parts, state: TrainState, prompts: Prompts, attempt: Array | int = 0) -> Rollout:
+    """The current policy's episodes: [N] prompts -> [B] rows; every attempt has randomness of its own."""
+    key = stages.step_key(state, 0)
+    first = isinstance(attempt, int) and attempt == 0
+    return stages.sample_rows(parts, state, prompts, key if first else jax.random.fold_in(key, attempt))
 
 
 def learn(parts: Parts, state: TrainState, prompts: Prompts, rollout: Rollout,
           rewards: Rewards) -> tuple[TrainState, Metrics, Batch]:  # fmt: skip
     """Annotate the rows, credit their tokens, and update: the state of the next step, metrics, and the rows."""
     experiment = parts.experiment
-    batch = annotate(parts, state, unannotated(rollout, rewards), prompts)
-    credit, returns = experiment.advantage_fn(batch)
+    score_rows = functools.partial(score, parts, prompts.tokens.shape[1])
+    losses, advantage_fn = bound(parts, state.controllers)
+    batch = stages.annotate(parts, state, unannotated(rollout, rewards), score_rows)
+    credit, returns = advantage_fn(batch)
     batch = batch.replace(advantages=credit, returns=returns)
     batch = batch.replace(mask=batch.mask & experiment.select_fn(batch)[:, None])
+    with_logits = "Scores.logits" in parts.reads
     state, metrics = update(
-        state, batch, step_key(state, 1),
-        score_fn=lambda params, rows: score(parts, params, rows, prompts), losses=experiment.losses,
+        state, batch, stages.step_key(state, 1),
+        score_fn=lambda params, rows: score_rows(parts.model, params, rows, with_logits=with_logits), losses=losses,
         reduction=experiment.reduction, optimizer=experiment.optimizer, minibatches=experiment.minibatches,
         epochs=experiment.epochs, micro_batch_rows=experiment.micro_batch_rows,
     )  # fmt: skip
+    metrics |= step_metrics(batch) | reference_metrics(batch, parts.reads) | controllers.as_metrics(state.controllers)
     rows = prompts_lib.repeat(prompts, experiment.group_size)
-    curriculum = experiment.curriculum.update(state.curriculum, rows, batch)
-    return state.replace(step=state.step + 1, curriculum=curriculum), metrics | step_metrics(batch), batch
+    state = state.replace(
+        step=state.step + 1, curriculum=experiment.curriculum.update(state.curriculum, rows, batch),
+        controllers=controllers.turned(experiment, state.controllers, metrics),
+    )  # fmt: skip
+    return state, metrics, batch
 
 
-def annotate(parts: Parts, state: TrainState, batch: Batch, prompts: Prompts) -> Batch:
-    """Adds what models say of the rows before the update, as far as anything reads it."""
-    current = lambda rollout: score(parts, state.params, rollout, prompts)  # noqa: E731
-    if "Batch.old_log_probs" in parts.reads:
-        batch = batch.replace(old_log_probs=parts.experiment.old_log_probs(batch.rollout, current))
-    if "Batch.values" in parts.reads:
-        batch = batch.replace(values=current(batch.rollout).values)
-    if "Batch.reference_log_probs" in parts.reads:
-        reference = score(parts, state.reference, batch.rollout, prompts)
-        batch = batch.replace(reference_log_probs=reference.log_probs)
-    return jax.lax.stop_gradient(batch)
-
-
-def score(parts: Parts, params: Params, rollout: Rollout, prompts: Prompts) -> Scores:
+def score(parts: Parts, prompt_columns: int, model: Transformer, params: Params, rollout: Rollout, *,
+          with_logits: bool = False) -> Scores:  # fmt: skip
     """The learner's forward pass, at the sampler's temperature; the prompts' columns are not scored."""
     return scoring.score(
-        parts.model, params, rollout, temperature=parts.experiment.sampling.temperature,
-        first_column=prompts.tokens.shape[1], chunk_columns=parts.experiment.score_chunk_columns,
-    )  # fmt: skip
-
-
-def models(parts: Parts, state: TrainState) -> Models:
-    """Models bound to their weights, for rewards that ask them."""
-    experiment = parts.experiment
-
-    def asked(params: Params, rollout: Rollout) -> Scores:  # of any rows: a judge's prompts have another width
-        return scoring.score(parts.model, params, rollout, temperature=experiment.sampling.temperature,
-                             chunk_columns=experiment.score_chunk_columns)  # fmt: skip
-
-    def reference(rollout: Rollout) -> Scores:
-        if not jax.tree.leaves(state.reference):
-            raise Refused("a reward asks the reference beside a reward on the host, where it is kept only if a loss "
-                          "reads it: add regularizers.kl_penalty, or keep to rewards in the graph")  # fmt: skip
-        return asked(state.reference, rollout)
-
-    return Models(
-        generate=lambda prompts, key: experiment.rollout_fn(
-            parts.model, state.params, prompts, key, vocabulary=experiment.task.vocabulary,
-            sampling=experiment.sampling, group_size=1, policy_version=state.step,
-        ),
-        score=functools.partial(asked, state.params),
-        reference=reference,
-    )  # fmt: skip
-
-
-def step_key(state: TrainState, purpose: int) -> Array:
-    """A key for one purpose in one step: resuming a run resumes its randomness."""
-    branch = jax.random.fold_in(state.key, 0x73746570)  # prompts, and the first parameters, have branches of their own
-    return jax.random.fold_in(jax.random.fold_in(branch, state.step), purpose)
-
-
-def initial_state(parts: Parts) -> TrainState:
-    """The state before the first step."""
-    key = jax.random.fold_in(jax.random.key(parts.experiment.seed), 0x73746172)
-    return state_from(parts, parts.experiment.start(parts.model, key))
-
-
-def abstract_state(parts: Parts) -> TrainState:
-    """Shapes and dtypes of the state, without computing any of it."""
-    return jax.eval_shape(lambda key: state_from(parts, random_parameters(parts.model, key)), jax.random.key(0))
-
-
-def state_from(parts: Parts, params: Params) -> TrainState:
-    """The state of step 0 around the first parameters."""
-    experiment = parts.experiment
-    reference = params if "Batch.reference_log_probs" in parts.reads else ()
-    return TrainState(
-        step=jnp.int32(0), key=jax.random.key(experiment.seed), params=params,
-        opt_state=experiment.optimizer.init(params), reference=jax.tree.map(jnp.copy, reference),
-        curriculum=experiment.curriculum.init(experiment.task), reward=parts.reward.init(), controllers={},
-        bad_updates=jnp.int32(0),
+        model, params, rollout, temperature=parts.experiment.sampling.temperature, first_column=prompt_columns,
+        chunk_columns=parts.experiment.score_chunk_columns, with_logits=with_logits,
     )  # fmt: skip
 
 
@@ -336,7 +313,7 @@ def describe(parts: Parts) -> str:
         "task": f"{task.name}: {', '.join(task.sources)}",
         "a step": [f"{n} prompts x {g} completions = {rows} rows of {width} + {columns - width} columns, "
                    f"at most {rows * (columns - width):,} sampled tokens",
-                   describe_.the_update(experiment, rows)],
+                   *describe_.the_refill(experiment, rows), describe_.the_update(experiment, rows)],
         "a run": f"{experiment.num_steps:,} steps, {experiment.num_steps * rows:,} rows, "
                  f"{experiment.num_steps * n / sum(task.sizes):.2f} epochs of {sum(task.sizes):,} prompts",
         "model": describe_.the_model(parts.model.config, state),

@@ -1,11 +1,65 @@
-"""Where a run's first parameters come from."""
+"""Where the first parameters come from: the policy's, and those of the frozen model that it is compared with."""
 
 from __future__ import annotations
 
-from mlrl.models.transformer import Transformer, initialize
-from mlrl.types import Array, Params
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mlrl.models.transformer import Config, Transformer, initialize
+from mlrl.types import Array, Params, Refused
+
+StartFn = Callable[[Transformer, Array], Params]  # (model, key) -> its first parameters
 
 
 def random_parameters(model: Transformer, key: Array) -> Params:
     """Random parameters; see mlrl.models.transformer.initialize."""
     return initialize(model, key)
+
+
+class Reference(NamedTuple):
+    """The frozen model whose log-probs losses read as reference_log_probs, as a pair of functions.
+
+    model   policy's Transformer -> the reference's; it has no value head
+    params  (policy's first parameters, the reference's Transformer, key) -> the reference's parameters
+    """
+
+    model: Callable[[Transformer], Transformer]
+    params: Callable[[Params, Transformer, Array], Params]
+
+
+def own_start() -> Reference:
+    """The reference is the policy as it was before the first step (or round, where a loop moves it)."""
+
+    def model(policy: Transformer) -> Transformer:
+        return Transformer(dataclasses.replace(policy.config, value_head=False))
+
+    return Reference(model, lambda first, model, key: as_reference(first, model))
+
+
+def teacher(*, model: Config, start: StartFn) -> Reference:
+    """The reference is another model, of any shape but with the policy's vocabulary: a teacher to distil.
+
+    Args:
+      model: its shape; vocabulary_size 0 takes the policy's.
+      start: (model, key) -> its parameters, as the experiment's own `start`.
+    Raises: Refused, if its vocabulary has another size.
+    """
+
+    def shaped(policy: Transformer) -> Transformer:
+        size = model.vocabulary_size or policy.config.vocabulary_size
+        if size != policy.config.vocabulary_size:
+            raise Refused(f"the teacher has {size} ids and the policy {policy.config.vocabulary_size}: log-probs can "
+                          "be compared only over one vocabulary")  # fmt: skip
+        return Transformer(dataclasses.replace(model, vocabulary_size=size, value_head=False))
+
+    return Reference(shaped, lambda first, model, key: start(model, jax.random.fold_in(key, 0x74656163)))
+
+
+def as_reference(params: Params, model: Transformer) -> Params:
+    """A copy of the part of a policy's parameters that the reference's `model` has: all but the values'."""
+    wanted = jax.eval_shape(lambda key: initialize(model, key), jax.random.key(0))
+    return {name: jax.tree.map(jnp.copy, params[name]) for name in wanted}

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from mlrl import divergences, importance
+from mlrl import divergences, groups, importance
 from mlrl.divergences import Estimator
 from mlrl.losses.regularizers import is_off
 from mlrl.types import Array, Batch, Metrics, Scores
@@ -95,6 +95,54 @@ def failed_rows(batch: Batch, *, threshold: float = 0.5) -> Array:
     return (batch.rewards.scored & (batch.rewards.outcome <= threshold)).astype(jnp.float32)
 
 
+def unsolved_groups(batch: Batch, *, threshold: float = 0.5) -> Array:
+    """The teacher speaks only of groups in which no row's outcome is above the threshold (KDRL's group mask): [B]."""
+    solved = batch.rewards.scored & (batch.rewards.outcome > threshold)
+    solved_rows = groups.total(solved.astype(jnp.float32), batch.rollout.group, batch.rewards.scored)
+    return (solved_rows == 0).astype(jnp.float32)
+
+
+def match(
+    scores: Scores,
+    batch: Batch,
+    *,
+    divergence: Callable[..., Array] = forward_kl,
+    distill_coef: float | Array = 1.0,
+    gate: Callable[[Batch], Array] = every_row,
+) -> tuple[Array, Metrics]:
+    """Distillation of whole distributions: distill_coef * sum(weights * gate * divergence(student, teacher)).
+
+    The teacher is the reference model; where it was asked for its K likeliest tokens only, the rest is one token more
+    on both sides (`top_k`). On the student's own rollouts this is GKD, on stored rows word-level distillation.
+
+    Args:
+        scores: reads logits.
+        batch: reads reference_distribution, mask, weights.
+        divergence: forward_kl, reverse_kl or jensen_shannon.
+        distill_coef: 0.0 is off; may be traced (a controller's).
+        gate: batch -> [B], how much of each row the teacher speaks of.
+
+    Returns:
+        (loss, {"loss/distill", "divergence/teacher": token mean, neither gated nor scaled}).
+
+    Reference: Hinton et al. 2015; Agarwal et al. 2023 (GKD). Left out: a temperature of distillation of its own.
+    """
+    if is_off(distill_coef):
+        return jnp.zeros((), jnp.float32), {}
+    teacher = batch.reference_distribution
+    student = jnp.take_along_axis(_logs(scores.logits), teacher.ids, axis=-1)
+    known = teacher.log_probs
+    if teacher.ids.shape[-1] < scores.logits.shape[-1]:
+        student, known = _with_rest(student), _with_rest(known)
+    # Padding has no distribution; a uniform one on both sides has divergence 0 and no gradient that could be NaN.
+    inside = batch.mask[..., None]
+    per_token = divergence(jnp.where(inside, student, 0.0), jnp.where(inside, known, 0.0))
+    speaks = gate(batch)[:, None]
+    loss = distill_coef * jnp.sum(batch.weights * speaks * per_token)
+    raw = jnp.sum(batch.token_weights * jax.lax.stop_gradient(per_token))
+    return loss, {"loss/distill": jax.lax.stop_gradient(loss), "divergence/teacher": raw}
+
+
 def teacher_kl(
     scores: Scores,
     batch: Batch,
@@ -120,7 +168,7 @@ def teacher_kl(
     Returns:
         (loss, {"loss/teacher", "kl/teacher": raw token mean of k1}).
 
-    Reference: Xu et al. 2025, "KDRL". Left out: its group-level mask.
+    Reference: Xu et al. 2025, "KDRL". Its response-level mask is `failed_rows`, its group-level one `unsolved_groups`.
     """
     if is_off(kl_coef):
         return jnp.zeros((), jnp.float32), {}

@@ -1,0 +1,108 @@
+"""The stages of a step that loops share: rows are sampled, rewarded, and annotated with what models say of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mlrl import meshes, scoring
+from mlrl import prompts as prompts_lib
+from mlrl.loops.states import Parts, reads_reference
+from mlrl.types import (
+    Array,
+    Batch,
+    Distribution,
+    Models,
+    Prompts,
+    Refused,
+    Rewards,
+    Rollout,
+    Scores,
+    TrainState,
+)
+
+ScoreFn = Callable[..., Scores]  # (model, params, rollout, *, with_logits) -> Scores
+
+
+def step_key(state: TrainState, purpose: int) -> Array:
+    """A key for one purpose in one step: resuming a run resumes its randomness."""
+    branch = jax.random.fold_in(state.key, 0x73746570)  # prompts, and the first parameters, have branches of their own
+    return jax.random.fold_in(jax.random.fold_in(branch, state.step), purpose)
+
+
+def sample_rows(parts: Parts, state: TrainState, prompts: Prompts, key: Array) -> Rollout:
+    """The current policy's episodes: [N] prompts -> [B] rows."""
+    experiment = parts.experiment
+    return meshes.split_rows(
+        experiment.rollout_fn(
+            parts.model, state.params, meshes.split_rows(prompts), key,
+            vocabulary=experiment.task.vocabulary, sampling=experiment.sampling,
+            group_size=experiment.group_size, policy_version=state.step,
+        ).check()
+    )  # fmt: skip
+
+
+def reward_rows(parts: Any, state: TrainState, rollout: Rollout, prompts: Prompts) -> tuple[Rewards, Any]:
+    """What the rows earned, and the reward's next state."""
+    rows = prompts_lib.repeat(prompts, parts.experiment.group_size)
+    bound = models(parts, state)
+    rewards, reward_state = parts.reward.update(state.reward, rollout, rows, parts.experiment.task, bound)
+    return rewards.check(), reward_state
+
+
+def annotate(parts: Parts, state: TrainState, batch: Batch, score: ScoreFn) -> Batch:
+    """Adds what models say of the rows before the update, as far as anything reads it."""
+    current = lambda rollout: score(parts.model, state.params, rollout)  # noqa: E731
+    if "Batch.old_log_probs" in parts.reads:
+        batch = batch.replace(old_log_probs=parts.experiment.old_log_probs(batch.rollout, current))
+    if "Batch.values" in parts.reads:
+        batch = batch.replace(values=current(batch.rollout).values)
+    if reads_reference(parts):
+        whole = reads_distribution(parts)
+        said = score(parts.reference_model, state.reference, batch.rollout, with_logits=whole)
+        batch = batch.replace(reference_log_probs=said.log_probs)
+        if whole:
+            kept = likeliest(said.logits, parts.experiment.reference_tokens)
+            batch = batch.replace(reference_distribution=kept)
+    return jax.lax.stop_gradient(batch)
+
+
+def reads_distribution(parts: Parts) -> bool:
+    """Whether a loss compares whole distributions with the reference's."""
+    return any(name.startswith("Batch.reference_distribution") for name in parts.reads)
+
+
+def likeliest(logits: Array, tokens: int) -> Distribution:
+    """The `tokens` likeliest tokens of each position and their log-probs; 0: the whole vocabulary, in its order."""
+    log_probs = jax.nn.log_softmax(logits, axis=-1)
+    if tokens == 0:
+        return Distribution(jnp.broadcast_to(jnp.arange(logits.shape[-1]), logits.shape), log_probs)
+    top, ids = jax.lax.top_k(log_probs, tokens)
+    return Distribution(ids, top)
+
+
+def models(parts: Parts, state: TrainState) -> Models:
+    """Models bound to their weights, for rewards that ask them."""
+    experiment = parts.experiment
+
+    def asked(model: Any, params: Any, rollout: Rollout) -> Scores:  # of any rows: a judge's prompts have another width
+        return scoring.score(model, params, rollout, temperature=experiment.sampling.temperature,
+                             chunk_columns=experiment.score_chunk_columns)  # fmt: skip
+
+    def reference(rollout: Rollout) -> Scores:
+        if not jax.tree.leaves(state.reference):
+            raise Refused("a reward asks the reference beside a reward on the host, where it is kept only if a loss "
+                          "reads it: add regularizers.kl_penalty, or keep to rewards in the graph")  # fmt: skip
+        return asked(parts.reference_model, state.reference, rollout)
+
+    return Models(
+        generate=lambda prompts, key: experiment.rollout_fn(
+            parts.model, state.params, prompts, key, vocabulary=experiment.task.vocabulary,
+            sampling=experiment.sampling, group_size=1, policy_version=state.step,
+        ),
+        score=lambda rollout: asked(parts.model, state.params, rollout),
+        reference=reference,
+    )  # fmt: skip

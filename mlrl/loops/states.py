@@ -1,0 +1,65 @@
+"""The state that a loop starts from: made of an experiment's parts, or only its shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from mlrl import controllers
+from mlrl.loops.start import random_parameters
+from mlrl.models.transformer import Transformer
+from mlrl.types import Params, TrainState
+
+
+class Parts(Protocol):
+    """What every loop's parts have: an experiment closed over its models and checked.
+
+    reads      the fields that losses, advantages and selection look at; nothing else is computed or kept
+    """
+
+    experiment: Any
+    model: Transformer
+    reference_model: Transformer
+    reads: frozenset[str]
+
+    def stateful(self) -> Mapping[str, Any]:
+        """First states of whatever else remembers: fields of TrainState by name, such as "curriculum"."""
+
+
+def reads_reference(parts: Parts) -> bool:
+    """Whether anything looks at the frozen reference."""
+    return any(name.startswith("Batch.reference_") for name in parts.reads)
+
+
+def initial_state(parts: Parts) -> TrainState:
+    """The state before the first step."""
+    key = jax.random.fold_in(jax.random.key(parts.experiment.seed), 0x73746172)
+    params = parts.experiment.start(parts.model, key)
+    reference = ()
+    if reads_reference(parts):
+        reference = parts.experiment.reference.params(params, parts.reference_model, key)
+    return state_from(parts, params, reference)
+
+
+def abstract_state(parts: Parts) -> TrainState:
+    """Shapes and dtypes of the state, without computing any of it."""
+
+    def make(key: jax.Array) -> TrainState:
+        reference = random_parameters(parts.reference_model, key) if reads_reference(parts) else ()
+        return state_from(parts, random_parameters(parts.model, key), reference)
+
+    return jax.eval_shape(make, jax.random.key(0))
+
+
+def state_from(parts: Parts, params: Params, reference: Params) -> TrainState:
+    """The state of step 0 around the first parameters."""
+    experiment = parts.experiment
+    fields = {"curriculum": (), "reward": ()} | dict(parts.stateful())
+    return TrainState(
+        step=jnp.int32(0), key=jax.random.key(experiment.seed), params=params,
+        opt_state=experiment.optimizer.init(params), reference=reference,
+        controllers=controllers.initial(experiment), bad_updates=jnp.int32(0), **fields,
+    )  # fmt: skip
