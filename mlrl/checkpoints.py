@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import json
 import logging
 import math
 import os
@@ -23,7 +24,7 @@ from mlrl.folders import claim_run_folder, config_differences, require_writable
 from mlrl.types import Refused, TrainState
 
 __all__ = ["Manager", "best_step", "claim_run_folder", "close", "config_differences", "latest_step", "open_manager",
-           "restore", "save", "wait"]  # fmt: skip
+           "restore", "restore_params", "save", "wait"]  # fmt: skip
 
 _log = logging.getLogger("mlrl")
 _STATE, _LEAVES = "state", "leaves"  # the two items of a step: the arrays, and what they were when saved
@@ -146,6 +147,31 @@ def restore(manager: Manager, template: TrainState, *, step: int = -1) -> TrainS
         _set_aside(manager, candidate)
     raise Refused(f"none of the checkpoints in {manager.folder} can be read (tried "
                   f"{', '.join(map(str, candidates))}): bring a copy back, or start in another folder")  # fmt: skip
+
+
+def restore_params(folder: str | os.PathLike, template: Any) -> Any:
+    """Only the policy's parameters, of the last complete checkpoint in `folder`: for another run to start from.
+
+    Args:
+      folder: a run's checkpoints folder.
+      template: parameters as arrays or jax.ShapeDtypeStruct; parts of the saved ones may be left out.
+
+    Raises:
+      Refused: there is no complete checkpoint, or the parameters differ from the template's in path, shape or dtype.
+    """
+    step = latest_step(folder)
+    if step is None:
+        raise Refused(f"{folder} holds no complete checkpoint: train that run first, or name another")
+    path = pathlib.Path(folder).absolute() / str(step)
+    wanted = {"params": jax.tree.map(_placed, template)}
+    saved = json.loads((path / _LEAVES / "metadata").read_text())["leaves"]
+    paths = {name for name, _ in _leaves(wanted)}
+    named = [leaf | {"path": "['params']" + leaf["path"].removeprefix("params")} for leaf in saved]
+    _require_same_leaves([leaf for leaf in named if leaf["path"] in paths], wanted, str(path))
+    how = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding), wanted)
+    args = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return checkpointer.restore(path / _STATE, args=args)["params"]
 
 
 def latest_step(folder: str | os.PathLike) -> int | None:

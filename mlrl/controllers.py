@@ -40,7 +40,10 @@ def controlled(*, function: Callable, knob: str, controller: Controller, observe
       observed: the metric that the controller sees, such as "kl/reference" or "entropy".
     Raises: Refused, if the function has no such knob; in the loop, if there is no such metric.
     """
-    name = f"{getattr(function, '__name__', 'function')}.{knob}"
+    plain = function
+    while isinstance(plain, functools.partial):
+        plain = plain.func
+    name = f"{plain.__name__}.{knob}"
     known = inspect.signature(function).parameters
     if knob not in known:
         knobs = ", ".join(p for p, kind in known.items() if kind.kind is kind.KEYWORD_ONLY)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from mlrl import checkpoints
 from mlrl.models.transformer import Config, Transformer, initialize
 from mlrl.types import Array, Params, Refused
 
@@ -18,6 +20,25 @@ StartFn = Callable[[Transformer, Array], Params]  # (model, key) -> its first pa
 def random_parameters(model: Transformer, key: Array) -> Params:
     """Random parameters; see mlrl.models.transformer.initialize."""
     return initialize(model, key)
+
+
+def from_run(*, run_dir: str) -> StartFn:
+    """The parameters that another run ended with: its last complete checkpoint's.
+
+    A value head (or critic) that this model has and the run had not starts at random.
+
+    Raises: Refused, if there is no checkpoint, or the run's model has another shape.
+    """
+    folder = pathlib.Path(run_dir, "checkpoints")
+    if checkpoints.latest_step(folder) is None:
+        raise Refused(f"{run_dir} holds no complete checkpoint to start from: train it first, or name another run_dir")
+
+    def start(model: Transformer, key: Array) -> Params:
+        fresh = random_parameters(model, key)
+        kept = as_reference(fresh, Transformer(dataclasses.replace(model.config, value_head=False)))
+        return fresh | checkpoints.restore_params(folder, kept)
+
+    return start
 
 
 class Reference(NamedTuple):

@@ -130,13 +130,12 @@ def match(
     if is_off(distill_coef):
         return jnp.zeros((), jnp.float32), {}
     teacher = batch.reference_distribution
-    student = jnp.take_along_axis(_logs(scores.logits), teacher.ids, axis=-1)
-    known = teacher.log_probs
+    inside = batch.mask[..., None]  # before the softmax, so that NaN in padding reaches no gradient
+    student = jnp.take_along_axis(_logs(jnp.where(inside, scores.logits, 0.0)), teacher.ids, axis=-1)
+    known = jnp.where(inside, teacher.log_probs, 0.0)
     if teacher.ids.shape[-1] < scores.logits.shape[-1]:
         student, known = _with_rest(student), _with_rest(known)
-    # Padding has no distribution; a uniform one on both sides has divergence 0 and no gradient that could be NaN.
-    inside = batch.mask[..., None]
-    per_token = divergence(jnp.where(inside, student, 0.0), jnp.where(inside, known, 0.0))
+    per_token = jnp.where(batch.mask, divergence(student, known), 0.0)
     speaks = gate(batch)[:, None]
     loss = distill_coef * jnp.sum(batch.weights * speaks * per_token)
     raw = jnp.sum(batch.token_weights * jax.lax.stop_gradient(per_token))

@@ -10,6 +10,7 @@ from batches import build, jit_and_plain
 
 from mlrl import reductions
 from mlrl.losses import distillation as d
+from mlrl.types import Distribution
 
 P = np.array([0.5, 0.3, 0.2])  # student
 Q = np.array([0.1, 0.6, 0.3])  # teacher
@@ -80,3 +81,32 @@ def test_teacher_kl_by_hand_and_only_where_the_student_failed(wrap):
     assert float(wrap(gated)(scores, batch)[0]) == pytest.approx(0.1 * 1.0 / 4, rel=1e-5)
     gradient = wrap(jax.grad(lambda s: gated(s, batch)[0]))(scores).log_probs
     np.testing.assert_allclose(gradient, [[0.025, -0.025], [0, 0]], rtol=1e-5)
+
+
+def distributions(k):
+    """One row of two tokens: a student's logits, and the teacher's k likeliest tokens; NaN beyond the mask."""
+    scores, batch = build([[1, 1, 0]], group=[0], outcome=[0.0], reduction=reductions.token_mean)
+    student = jnp.stack([STUDENT, jnp.log(Q), jnp.full(3, jnp.nan)])[None]
+    known = jnp.log(jnp.stack([jnp.asarray(Q), jnp.asarray(Q), jnp.asarray(Q)]))[None]
+    top, ids = jax.lax.top_k(known, k)
+    known = Distribution(ids, top.at[:, 2].set(jnp.nan))
+    return scores.replace(logits=student), batch.replace(reference_distribution=known)
+
+
+@jit_and_plain
+@pytest.mark.parametrize("k, expected", [(3, kl(Q, P)), (1, kl(np.array([0.6, 0.4]), np.array([0.3, 0.7])))])
+def test_match_by_hand(k, expected, wrap):
+    """The first token differs from the teacher, the second does not, the third is padding."""
+    scores, batch = distributions(k)
+    loss, metrics = wrap(functools.partial(d.match, distill_coef=2.0))(scores, batch)
+    assert float(loss) == pytest.approx(2.0 * expected / 2, rel=1e-4)
+    assert float(metrics["divergence/teacher"]) == pytest.approx(expected / 2, rel=1e-4)
+    gradient = wrap(jax.grad(lambda s: d.match(s, batch)[0]))(scores).logits
+    assert np.isfinite(gradient).all() and not gradient[0, 2].any()
+    if k == 3:
+        np.testing.assert_allclose(gradient[0, 0], (P - Q) / 2, atol=1e-6)
+
+
+def test_a_teacher_speaks_only_of_groups_that_nobody_solved():
+    _, batch = build(np.ones((4, 1), bool), group=[0, 0, 1, 1], outcome=[1.0, 0.0, 0.0, 0.0])
+    np.testing.assert_array_equal(d.unsolved_groups(batch), [0, 0, 1, 1])
