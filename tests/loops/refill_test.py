@@ -1,4 +1,4 @@
-"""Dynamic sampling: which groups stay and which are exchanged, by hand; a whole step fills itself, in the graph and not."""
+"""Dynamic sampling: which groups stay and which are exchanged, by hand; a step fills itself in the graph and not."""
 
 import functools
 import pathlib
