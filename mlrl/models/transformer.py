@@ -115,8 +115,8 @@ class Transformer(nn.Module):
         if not c.tied_head:
             self.head = nn.Dense(c.vocabulary_size, use_bias=False, **dtypes)
         if c.critic_layers:
-            # Its head is never called, so a tied one leaves no parameters behind.
-            self.critic = Transformer(dataclasses.replace(c, layers=c.critic_layers, critic_layers=0, tied_head=True))
+            # Its output head is never called, and so has no parameters.
+            self.critic = Transformer(dataclasses.replace(c, layers=c.critic_layers, critic_layers=0))
         elif c.value_head:
             self.value = nn.Dense(1, kernel_init=nn.initializers.zeros, dtype=jnp.float32, param_dtype=jnp.float32)
 
