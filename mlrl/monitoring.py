@@ -78,3 +78,21 @@ def step_metrics(batch: Batch) -> Metrics:
         is_share = name.startswith("unscored/")
         metrics[name if is_share else f"reward/{name}"] = share(part) if is_share else mean(part)
     return metrics
+
+
+def value_metrics(batch: Batch, reads: Collection[str]) -> Metrics:
+    """{"value/explained_variance": 1 - Var(return - value) / Var(return)} over all masked tokens of a step.
+
+    Of the values before the update; {} where nothing reads them. 1 is perfect, 0 no better than a constant, below 0
+    worse, NaN where the returns do not vary. No mean over minibatches gives it, so it is no metric of a loss. With a
+    lambda below 1 the returns hold values themselves, and it flatters. On the host: mlrl.metrics.explained_variance.
+    """
+    if "Batch.values" not in reads:
+        return {}
+    count = jnp.maximum(jnp.sum(batch.mask), 1)
+    mean = lambda x: jnp.sum(jnp.where(batch.mask, x, 0.0)) / count  # noqa: E731
+    variance = lambda x: mean(jnp.square(x - mean(x)))  # noqa: E731
+    total = variance(batch.returns)
+    varies = total > 1e-10 * mean(jnp.square(batch.returns))  # more than the rounding of their mean
+    ratio = variance(batch.returns - batch.values) / jnp.where(varies, total, 1.0)
+    return {"value/explained_variance": jnp.where(varies, 1.0 - ratio, jnp.nan)}

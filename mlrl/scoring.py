@@ -31,6 +31,9 @@ def score(model: Transformer, params: Params, rollout: Rollout, *, temperature: 
     The graph is the sampler's: same kernels, same fp32 log-softmax, same temperature; so a fresh rollout's
     behavior_log_probs are reproduced (to 1e-5 in fp32).
 
+    Values come from the trunk under the value head, the critic's if there is one; they too are of the state before
+    the token. Under jit a critic costs nothing where nobody reads values.
+
     Args:
       rollout: rows [B,L]; only tokens and valid are read.
       temperature: divides the logits, not the values; must be the sampler's.
@@ -44,8 +47,9 @@ def score(model: Transformer, params: Params, rollout: Rollout, *, temperature: 
     rollout_length = rollout.tokens.shape[1]
     first_column = max(1, first_column)
     apply = lambda *args, **kwargs: model.apply({"params": params}, *args, **kwargs)  # noqa: E731
-    hidden, _ = apply(rollout.tokens, row_positions(rollout.valid), causal_mask(rollout.valid))
-    before = hidden[:, first_column - 1 : -1]  # the state in which each scored token was chosen
+    seen = (rollout.tokens, row_positions(rollout.valid), causal_mask(rollout.valid))
+    in_which_chosen = lambda hidden: hidden[:, first_column - 1 : -1]  # noqa: E731  the states before scored tokens
+    before = in_which_chosen(apply(*seen)[0])
     tokens = rollout.tokens[:, first_column:]
 
     def head(before_chunk: Array, token_chunk: Array) -> tuple[Array, Array]:
@@ -54,7 +58,12 @@ def score(model: Transformer, params: Params, rollout: Rollout, *, temperature: 
         return chosen, -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
 
     log_probs, entropy = _in_chunks(head, before, tokens, chunk_columns)
-    values = apply(before, method=Transformer.values) if model.config.value_head else jnp.zeros_like(log_probs)
+    values = jnp.zeros_like(log_probs)
+    if model.config.critic_layers:
+        before_by_critic = in_which_chosen(apply(*seen, method=Transformer.critic_hidden))
+        values = apply(before_by_critic, method=Transformer.values)
+    elif model.config.value_head:
+        values = apply(before, method=Transformer.values)
     scored = rollout.valid[:, first_column:]
     widen = lambda x: jnp.pad(jnp.where(scored, x, 0.0), ((0, 0), (rollout_length - x.shape[1], 0)))  # noqa: E731
     logits = ()

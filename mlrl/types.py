@@ -157,8 +157,8 @@ class Scores:
 
     log_probs [B,L] float32  log-prob of each token (0 in column 0 and where not valid)
     entropy   [B,L] float32  entropy of the distribution each token was drawn from, in nats
-    values    [B,L] float32  the value head's estimate of the return *before* each token is chosen
-                             (0 everywhere for a model without one)
+    values    [B,L] float32  the value head's or critic's estimate of the return *before* each token is
+                             chosen (0 everywhere for a model without one)
     logits    [B,L,V] float32  of the distribution each token was drawn from; () unless a loss reads it
     """
 
@@ -236,7 +236,7 @@ class TrainState:
 
     step         [] int32   training steps done
     key          PRNG key of the run; every random choice folds the step into it
-    params       the policy (and value) parameters
+    params       the policy's parameters, its value head's or critic's among them
     opt_state    the optimizer's state
     reference    the parameters of the frozen reference (or teacher), () when nothing reads them
     curriculum   state of the curriculum          (CurriculumFn)

@@ -20,7 +20,7 @@ EXPERIMENTS = sorted(path.relative_to(REPO).as_posix() for path in REPO.glob("ex
 METHODS = sorted(path.stem for path in REPO.glob("gin/methods/*.gin"))
 FILES = sorted(path.relative_to(REPO).as_posix() for path in REPO.glob("gin/**/*.gin")) + EXPERIMENTS
 LOADED_QUICKLY = {"experiments/quickstart/grpo.gin", "experiments/quickstart/random_reward.gin"}
-RUN_QUICKLY = {"experiments/quickstart/grpo.gin", "ppo_shared"}  # make test-all runs them all
+RUN_QUICKLY = {"experiments/quickstart/grpo.gin", "ppo"}  # make test-all runs them all
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
@@ -117,7 +117,8 @@ def compose(method, folder):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_is_wholly_used(method, tmp_path):
     experiment, _ = prepared(compose(method, tmp_path))
-    assert experiment.model == Config(**SMALL, value_head=method.startswith("ppo"))
+    values = dict(value_head=method.startswith("ppo"), critic_layers=2 if method == "ppo" else 0)
+    assert experiment.model == Config(**SMALL, **values)
 
 
 @pytest.mark.parametrize("method", [method if method in RUN_QUICKLY else slow(method) for method in METHODS])

@@ -48,6 +48,9 @@ def the_model(config: Config, state: TrainState) -> str:
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
     head = "tied head" if config.tied_head else "untied head"
     value = ", value head" if config.value_head else ""
+    if config.critic_layers:
+        critic = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params["critic"]))
+        value = f", and a critic of {config.critic_layers} layers of its own: {critic:,} of the parameters"
     return (f"{count:,} parameters ({config.layers} layers of width {config.width}, {config.heads} heads, "
             f"{config.kv_heads} of keys and values, {head}{value}), computing in {config.dtype}")  # fmt: skip
 
@@ -58,8 +61,9 @@ def the_memory(config: Config, state: TrainState, *, rows: int, columns: int, sc
     width = 2 if config.dtype == "bfloat16" else 4
     cache = 2 * config.layers * rows * columns * config.kv_heads * config.head_width * width
     logits = update_rows * scored * vocabulary_size * 4
+    named = "parameters, the critic's among them" if config.critic_layers else "parameters"
     parts = {
-        "parameters": size(state.params), "optimizer": size(state.opt_state), "gradients": size(state.params),
+        named: size(state.params), "optimizer": size(state.opt_state), "gradients": size(state.params),
         "reference": size(state.reference), "KV cache": cache, "logits of an update (fp32)": logits,
     }  # fmt: skip
     return ", ".join(f"{name} {mebibytes(count)}" for name, count in parts.items() if count)

@@ -20,7 +20,7 @@ from mlrl.loops import describe as describe_
 from mlrl.loops.start import Reference, StartFn, own_start, random_parameters
 from mlrl.loops.states import abstract_state, initial_state
 from mlrl.models.transformer import Config, Transformer
-from mlrl.monitoring import reference_metrics, step_metrics
+from mlrl.monitoring import reference_metrics, step_metrics, value_metrics
 from mlrl.rewards.lifting import lift
 from mlrl.rollouts.single_turn import single_turn
 from mlrl.sampling import Sampling
@@ -56,7 +56,7 @@ class Experiment:
     task            where prompts come from
     reward_fn       a plain function (see mlrl.rewards.lifting.lift) or a RewardFn
     losses          functions of (Scores, Batch), summed; any may be controllers.controlled
-    model           the shape of the policy (and of the value head on its trunk)
+    model           the shape of the policy (and of its value head or critic)
     rollout_fn      how prompts become rows
     sampling        temperature and filters; the learner scores at the same temperature
     advantage_fn    Batch -> (advantages, returns); may be controllers.controlled
@@ -268,7 +268,8 @@ def learn(parts: Parts, state: TrainState, prompts: Prompts, rollout: Rollout,
         reduction=experiment.reduction, optimizer=experiment.optimizer, minibatches=experiment.minibatches,
         epochs=experiment.epochs, micro_batch_rows=experiment.micro_batch_rows,
     )  # fmt: skip
-    metrics |= step_metrics(batch) | reference_metrics(batch, parts.reads) | controllers.as_metrics(state.controllers)
+    metrics |= step_metrics(batch) | reference_metrics(batch, parts.reads) | value_metrics(batch, parts.reads)
+    metrics |= controllers.as_metrics(state.controllers)
     rows = prompts_lib.repeat(prompts, experiment.group_size)
     state = state.replace(
         step=state.step + 1, curriculum=experiment.curriculum.update(state.curriculum, rows, batch),

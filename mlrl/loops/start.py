@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mlrl import checkpoints
-from mlrl.models.transformer import Config, Transformer, initialize
+from mlrl.models.transformer import Config, Transformer, initialize, without_values
 from mlrl.types import Array, Params, Refused
 
 StartFn = Callable[[Transformer, Array], Params]  # (model, key) -> its first parameters
@@ -35,16 +36,37 @@ def from_run(*, run_dir: str) -> StartFn:
 
     def start(model: Transformer, key: Array) -> Params:
         fresh = random_parameters(model, key)
-        kept = as_reference(fresh, Transformer(dataclasses.replace(model.config, value_head=False)))
+        kept = as_reference(fresh, without_values(model))
         return fresh | checkpoints.restore_params(folder, kept)
 
     return start
 
 
+def critic_from_policy(*, start: StartFn = random_parameters) -> StartFn:
+    """A start whose critic is a copy of the policy's trunk, under a value head of zeros.
+
+    Args:
+      start: where the policy's parameters come from; it is asked for a model without values.
+    Raises: Refused, when started, for a critic that is not as deep as the policy.
+    """
+
+    def begin(model: Transformer, key: Array) -> Params:
+        config = model.config
+        if config.critic_layers != config.layers:
+            raise Refused(f"critic_from_policy copies all of the policy's {config.layers} layers, but "
+                          f"Config.critic_layers is {config.critic_layers}: make the two equal")  # fmt: skip
+        policy = start(without_values(model), key)
+        trunk = {name: jax.tree.map(jnp.copy, part) for name, part in policy.items() if name != "head"}
+        head = jax.eval_shape(functools.partial(initialize, model), key)["critic"]["value"]
+        return policy | {"critic": trunk | {"value": jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), head)}}
+
+    return begin
+
+
 class Reference(NamedTuple):
     """The frozen model whose log-probs losses read as reference_log_probs, as a pair of functions.
 
-    model   policy's Transformer -> the reference's; it has no value head
+    model   policy's Transformer -> the reference's; it has no values
     params  (policy's first parameters, the reference's Transformer, key) -> the reference's parameters
     """
 
@@ -54,11 +76,7 @@ class Reference(NamedTuple):
 
 def own_start() -> Reference:
     """The reference is the policy as it was before the first step (or round, where a loop moves it)."""
-
-    def model(policy: Transformer) -> Transformer:
-        return Transformer(dataclasses.replace(policy.config, value_head=False))
-
-    return Reference(model, lambda first, model, key: as_reference(first, model))
+    return Reference(without_values, lambda first, model, key: as_reference(first, model))
 
 
 def teacher(*, model: Config, start: StartFn) -> Reference:
@@ -75,7 +93,7 @@ def teacher(*, model: Config, start: StartFn) -> Reference:
         if size != policy.config.vocabulary_size:
             raise Refused(f"the teacher has {size} ids and the policy {policy.config.vocabulary_size}: log-probs can "
                           "be compared only over one vocabulary")  # fmt: skip
-        return Transformer(dataclasses.replace(model, vocabulary_size=size, value_head=False))
+        return without_values(Transformer(dataclasses.replace(model, vocabulary_size=size)))
 
     return Reference(shaped, lambda first, model, key: start(model, jax.random.fold_in(key, 0x74656163)))
 

@@ -22,7 +22,9 @@ class Config:
     kv_heads         K; the query heads must be a multiple of it
     qkv_bias         biases on queries, keys and values (Qwen2 has them, Llama does not)
     tied_head        the embedding is the output head too
-    value_head       a linear value head on the shared trunk
+    value_head       values of tokens, from a linear head on the policy's trunk, or on the critic's if there is one
+    critic_layers    layers of a critic: a second trunk under the value head that shares nothing with the policy's
+                     (same width and heads, an embedding and a final norm of its own); 0: no critic
     dtype            of activations and matrix products; log-softmax and normalization are always fp32
     """
 
@@ -38,6 +40,7 @@ class Config:
     qkv_bias: bool = False
     tied_head: bool = True
     value_head: bool = False
+    critic_layers: int = 0
     dtype: str = "float32"
     param_dtype: str = "float32"
 
@@ -45,6 +48,10 @@ class Config:
         require_whole("Config", "vocabulary_size", self.vocabulary_size, 0)
         for name in ("width", "layers", "heads", "kv_heads", "head_width", "mlp_width"):
             require_whole("Config", name, getattr(self, name), 1)
+        require_whole("Config", "critic_layers", self.critic_layers, 0)
+        if self.critic_layers and not self.value_head:
+            raise Refused(f"Config.critic_layers is {self.critic_layers}, but a critic is there for its values: set "
+                          "Config.value_head = True, or critic_layers = 0")  # fmt: skip
         if self.heads % self.kv_heads:
             raise Refused(f"Config.heads ({self.heads}) must be a multiple of Config.kv_heads ({self.kv_heads})")
         if self.head_width % 2:
@@ -107,7 +114,10 @@ class Transformer(nn.Module):
         self.final_norm = RMSNorm(c.norm_eps, dtypes["param_dtype"])
         if not c.tied_head:
             self.head = nn.Dense(c.vocabulary_size, use_bias=False, **dtypes)
-        if c.value_head:
+        if c.critic_layers:
+            # Its output head is never called, and so has no parameters.
+            self.critic = Transformer(dataclasses.replace(c, layers=c.critic_layers, critic_layers=0))
+        elif c.value_head:
             self.value = nn.Dense(1, kernel_init=nn.initializers.zeros, dtype=jnp.float32, param_dtype=jnp.float32)
 
     def __call__(self, tokens: Array, positions: Array, mask: Array, caches: tuple[Cache, ...] = (),
@@ -136,23 +146,41 @@ class Transformer(nn.Module):
         """Hidden states [...,D] to unnormalized log-probabilities [...,V], always fp32."""
         return (self.embedding.attend(hidden) if self.config.tied_head else self.head(hidden)).astype(jnp.float32)
 
+    def critic_hidden(self, tokens: Array, positions: Array, mask: Array) -> Array:
+        """Hidden states of the critic's trunk [B,L,D], from what the policy's saw; needs Config.critic_layers."""
+        return self.critic(tokens, positions, mask)[0]
+
     def values(self, hidden: Array) -> Array:
-        """Hidden states [...,D] to estimates of the return [...], fp32; needs Config.value_head."""
+        """Hidden states [...,D] of the trunk under the value head to estimates of the return [...], fp32.
+
+        The trunk is the critic's (`critic_hidden`) or, without one, the policy's. Needs Config.value_head.
+        """
+        if self.config.critic_layers:
+            return self.critic.values(hidden)
         return self.value(hidden.astype(jnp.float32))[..., 0]
 
     def everything(self, tokens: Array, positions: Array, mask: Array):
         """Runs every parameter once; what `initialize` traces."""
         hidden, _ = self(tokens, positions, mask)
-        return self.logits(hidden), self.values(hidden) if self.config.value_head else ()
+        seen = self.critic_hidden(tokens, positions, mask) if self.config.critic_layers else hidden
+        return self.logits(hidden), self.values(seen) if self.config.value_head else ()
 
 
 def initialize(model: Transformer, key: Array) -> Params:
     """Random parameters of `model`: normal(0.02) embedding, fan-in scaled kernels, residual branches divided by
-    2 * layers in variance, value head zero."""
+    2 * layers in variance, value head zero. With a critic, the policy's are those it has without one."""
     one = jnp.zeros((1, 1), jnp.int32)
     # One jit, since hundreds of small operations one by one take seconds to compile.
     init = jax.jit(functools.partial(model.init, method=Transformer.everything))
     return init(key, one, one, jnp.ones((1, 1, 1), bool))["params"]
+
+
+CRITIC = ("critic", "value")  # what the values come from, by name among the parameters: one of these, or neither
+
+
+def without_values(model: Transformer) -> Transformer:
+    """The policy alone: the same shape without value head or critic."""
+    return Transformer(dataclasses.replace(model.config, value_head=False, critic_layers=0))
 
 
 def empty_caches(config: Config, rows: int, columns: int) -> tuple[Cache, ...]:

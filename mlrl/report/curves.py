@@ -18,7 +18,8 @@ MAX_SAMPLED_TOKENS = 150_000  # in the whole page
 SECTIONS = {
     "Learning": ("reward", "accuracy"),
     "Reward parts": ("reward/", "unscored/"),
-    "Policy": ("loss", "entropy", "kl/", "ratio/", "grad_norm", "bad_updates", "skipped_updates", "lr", "loss/"),
+    "Policy": ("loss", "entropy", "kl/", "ratio/", "grad_norm", "bad_updates", "skipped_updates", "lr", "loss/",
+               "value/"),
     "Rows": ("length/", "truncated_share", "unscored_share", "zero_spread_share", "kept_share", "padding_share"),
     "Speed": ("tokens_per_second", "seconds/step", "compilations", "tokens"),
 }
@@ -30,6 +31,7 @@ NOTES = {
     "ratio/clipped_share": "share of tokens outside the clipping range",
     "kl/old": "policy against the sampler, raw, per token",
     "kl/reference": "policy against the frozen reference, raw, per token",
+    "value/explained_variance": "of the returns, by the values before the update; 1 is perfect, 0 a constant",
     "grad_norm": "before clipping",
     "bad_updates": "updates skipped in a row, because they were not finite",
     "skipped_updates": "updates of this step that were skipped, because they were not finite",
