@@ -2,9 +2,9 @@
 
 import functools
 
-from mlrl import optimizers, runs
+from mlrl import optimizers, runs, selection
 from mlrl.evaluation import Evaluation
-from mlrl.loops import online
+from mlrl.loops import iterated, online
 from mlrl.losses import policy
 from mlrl.meshes import data_mesh
 from mlrl.models.transformer import Config
@@ -40,3 +40,14 @@ def sums(**changes) -> online.Experiment:
         recording=runs.Recording(save_every_steps=6, samples_every_steps=5, samples_rows=2),
     )  # fmt: skip
     return online.Experiment(**{**settings, **changes})
+
+
+def round_of_sums(**changes) -> iterated.Experiment:
+    """The same sums in rounds of 16 prompts x 4 completions, of which the best of each prompt is learned."""
+    given = sums()
+    settings = {name: getattr(given, name) for name in ("task", "reward_fn", "model", "rollout_fn", "optimizer", "mesh")}
+    settings |= dict(
+        num_rounds=5, select_fn=selection.best_of_n, prompts_per_round=16, prompts_per_step=8, group_size=4,
+        rows_per_step=12, epochs=2, recording=runs.Recording(save_every_steps=2, samples_every_steps=2, samples_rows=2),
+    )  # fmt: skip
+    return iterated.Experiment(**{**settings, **changes})
