@@ -241,16 +241,14 @@ def describe(parts: Parts) -> str:
     columns, each = rollout.tokens.shape[1], experiment.rows_per_step
     most = experiment.epochs * -(-n * g // each)
     whole = f", in whole groups of {g}" if parts.unit > 1 else ""
-    begins = {rounds.go_on: "the last round's end", rounds.restart: "the reference, with a fresh optimizer",
-              rounds.move_reference: "the last round's end, which becomes the reference"}  # fmt: skip
-    begin = begins.get(experiment.begin_round, name_of(experiment.begin_round))
+    begin = (experiment.begin_round.__doc__ or "").partition("\n")[0]
     return describe_.table({
         "task": f"{task.name}: {', '.join(task.sources)}",
         "a round": [f"{n} prompts x {g} completions = {n * g} rows of {width} + {columns - width} columns, sampled "
                     f"{experiment.prompts_per_step} prompts at a time",
                     f"{name_of(experiment.select_fn)} selects among them",
                     f"{experiment.epochs} epoch(s) over the selected rows, {each} rows an optimizer step{whole}: at "
-                    f"most {most} steps", f"training starts from {begin}"],
+                    f"most {most} steps", f"{name_of(experiment.begin_round)}: {begin}"],
         "a run": f"{experiment.num_rounds:,} rounds, {experiment.num_rounds * n * g:,} rows, "
                  f"{experiment.num_rounds * n / sum(task.sizes):.2f} epochs of {sum(task.sizes):,} prompts",
         "model": describe_.the_model(parts.model.config, state),

@@ -1,6 +1,11 @@
 """Experiments so small that a test can run them whole."""
 
 import functools
+import json
+import pathlib
+
+import jax
+import numpy as np
 
 from mlrl import optimizers, runs, selection
 from mlrl.evaluation import Evaluation
@@ -13,6 +18,7 @@ from mlrl.rollouts.single_turn import single_turn
 from mlrl.tasks import puzzles
 from mlrl.types import RewardFn
 
+TIMES = ("seconds/", "tokens_per_second", "compilations")
 TINY = Config(width=16, layers=1, heads=2, kv_heads=1, head_width=8, mlp_width=24)
 ROLLOUT = functools.partial(single_turn, max_completion_tokens=3)
 ONE_DEVICE = functools.partial(data_mesh, devices=1)
@@ -51,3 +57,15 @@ def round_of_sums(**changes) -> iterated.Experiment:
         rows_per_step=12, epochs=2, recording=runs.Recording(save_every_steps=2, samples_every_steps=2, samples_rows=2),
     )  # fmt: skip
     return iterated.Experiment(**{**settings, **changes})
+
+
+def logged(folder):
+    """Every line of metrics.jsonl without what a clock says."""
+    lines = [json.loads(line) for line in pathlib.Path(folder, "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines]
+
+
+def assert_same(state, other):
+    unkeyed = lambda s: jax.tree.leaves(jax.device_get(s.replace(key=jax.random.key_data(s.key))))  # noqa: E731
+    for a, b in zip(unkeyed(state), unkeyed(other), strict=True):
+        np.testing.assert_array_equal(a, b)
