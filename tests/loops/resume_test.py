@@ -19,6 +19,7 @@ from worlds import assert_same, logged  # noqa: E402
 from mlrl import runs  # noqa: E402
 from mlrl.loops import online  # noqa: E402
 
+
 def train(folder, **changes):
     experiment = worlds.sums(**changes)
     with runs.Run(folder, experiment.recording) as run:

@@ -51,7 +51,8 @@ def sums(**changes) -> online.Experiment:
 def round_of_sums(**changes) -> iterated.Experiment:
     """The same sums in rounds of 16 prompts x 4 completions, of which the best of each prompt is learned."""
     given = sums()
-    settings = {name: getattr(given, name) for name in ("task", "reward_fn", "model", "rollout_fn", "optimizer", "mesh")}
+    shared = ("task", "reward_fn", "model", "rollout_fn", "optimizer", "mesh")
+    settings = {name: getattr(given, name) for name in shared}
     settings |= dict(
         num_rounds=5, select_fn=selection.best_of_n, prompts_per_round=16, prompts_per_step=8, group_size=4,
         rows_per_step=12, epochs=2, recording=runs.Recording(save_every_steps=2, samples_every_steps=2, samples_rows=2),
