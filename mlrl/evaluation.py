@@ -14,7 +14,18 @@ from mlrl import metrics, prompts
 from mlrl.models.transformer import Transformer
 from mlrl.rewards.lifting import lift
 from mlrl.sampling import GREEDY, Sampling
-from mlrl.types import Models, Params, Refused, RewardFn, Rollout, RolloutFn, Task, require_whole
+from mlrl.types import (
+    Array,
+    Models,
+    Params,
+    Prompts,
+    Refused,
+    RewardFn,
+    Rollout,
+    RolloutFn,
+    Task,
+    require_whole,
+)
 
 Results = dict[str, dict[str, dict[str, float]]]  # task -> metric -> {"value", "low", "high"}
 
@@ -78,10 +89,11 @@ def _measure(evaluation: Evaluation, model: Transformer, rollout_fn: RolloutFn) 
     task, reward = evaluation.task, lift(evaluation.reward_fn)
     batch = prompts.first(task, evaluation.prompts)
 
-    def sampler(sampling: Sampling, group_size: int) -> Callable[[Params, Any, Any], Rollout]:
-        run = lambda params, batch, key: rollout_fn(  # noqa: E731
-            model, params, batch, key, vocabulary=task.vocabulary, sampling=sampling, group_size=group_size
-        )
+    def sampler(sampling: Sampling, samples: int) -> Callable[[Params, Any, Any], Rollout]:
+        def run(params: Params, batch: Prompts, key: Array) -> Rollout:
+            each = prompts.repeat(batch, samples)  # groups of one: a rollout may give a larger group a row of its own
+            return rollout_fn(model, params, each, key, vocabulary=task.vocabulary, sampling=sampling, group_size=1)
+
         return jax.jit(run)
 
     greedy, sampled = sampler(GREEDY, 1), sampler(evaluation.sampling, max(1, evaluation.samples))

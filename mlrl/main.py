@@ -79,7 +79,7 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     loop, parts = _prepared(experiment)
     if hasattr(parts, "reward"):
         checks.rewards_are_finite(parts.reward, experiment.task)
-    folders.claim_run_folder(folder, config, may_differ=("num_steps",))
+    folders.claim_run_folder(folder, config, may_differ=("num_steps", "num_rounds"))
     pathlib.Path(folder, "operative_config.gin").write_text(_operative_config())
     with runs.Run(folder, experiment.recording) as run:
         loop.train(experiment, run)

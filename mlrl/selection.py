@@ -77,6 +77,25 @@ def best_and_worst(batch: Batch, *, tolerance: float = 1e-6) -> Array:
     return with_spread(batch, tolerance=tolerance) & (best | worst)
 
 
+def with_role(batch: Batch, *, select_fn: SelectFn = best_and_worst, role: int = 1) -> Array:
+    """What `select_fn` keeps among the rows of other roles, and the rows of `role` in the groups where it keeps any.
+
+    SELM: the best and the worst sample, and beside them the greedy row, which is in no pair.
+
+    Args:
+        batch: rows of several roles; `select_fn` sees those of `role` as unscored.
+        select_fn: a selection.
+        role: of the rows that come along, if they are scored.
+
+    Returns:
+        [B] bool.
+    """
+    own = batch.rewards.scored & (batch.rollout.role == role)
+    others = batch.rewards.replace(scored=batch.rewards.scored & ~own)
+    keep = select_fn(batch.replace(rewards=others))
+    return keep | (own & (groups.count(batch.rollout.group, keep) > 0))
+
+
 def accept(batch: Batch, *, estimator: Callable[[Array], Array], limit: float) -> Array:
     """Scored rows whose old policy is near the one that sampled them: `importance.within`, for stale rollouts.
 

@@ -45,6 +45,17 @@ def test_by_hand(name, wrap):
     assert wrap(fn)(batch).astype(int).tolist() == expected
 
 
+def test_a_role_comes_along_with_what_is_kept_of_the_others():
+    """The greedy rows (role 1) are the best of group 0 and of group 4, and still in no pair; group 4 has no spread."""
+    batch = build([[0, 1]] * 8, [0] * 8, outcome=[0.5, 0, 0.2, 1, 0.3, 0.3, 0.3, 1], group=[0] * 4 + [4] * 4,
+                  role=[0, 0, 0, 1] * 2, scored=[True] * 8)  # fmt: skip
+    assert selection.with_role(batch).astype(int).tolist() == [1, 1, 0, 1, 0, 0, 0, 0]
+    best = with_(selection.with_role, select_fn=selection.best_of_n)
+    assert jax.jit(best)(batch).astype(int).tolist() == [1, 0, 0, 1, 1, 0, 0, 1]
+    unscored = batch.replace(rewards=batch.rewards.replace(scored=batch.rewards.scored.at[3].set(False)))
+    assert selection.with_role(unscored).astype(int).tolist() == [1, 1, 0, 0, 0, 0, 0, 0]
+
+
 def test_spread_looks_at_the_outcome_and_not_at_the_shaped_reward():
     assert selection.with_spread(example(outcome=[1.0] * 6)).tolist() == [False] * 6
     nearly = [1.0, 1.0 + 1e-7, 1.0, 0.0, 1.0, 0.0]

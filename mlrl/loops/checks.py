@@ -64,21 +64,49 @@ def model_for(config: Config, vocabulary: Vocabulary) -> Transformer:
 
 def rows_divide(experiment: Any, rows: int) -> None:
     """The rows of a step divide into minibatches, micro-batches and devices."""
-    for name in ("num_steps", "minibatches", "epochs", "prompts_per_step", "rows_per_step", "group_size"):
+    for name in ("num_steps", "num_rounds", "minibatches", "epochs", "prompts_per_step", "prompts_per_round",
+                 "rows_per_step", "group_size"):
         if not isinstance(getattr(experiment, name, 1), int):
             raise Refused(f"Experiment.{name} must be a whole number, got {getattr(experiment, name)!r}")
         if getattr(experiment, name, 1) < 1:
             raise Refused(f"Experiment.{name} must be at least 1, got {getattr(experiment, name)}")
     require_whole("Experiment", "seed", experiment.seed, 0)
-    check_division(rows, experiment.minibatches, experiment.micro_batch_rows)
+    minibatches = getattr(experiment, "minibatches", 1)
+    check_division(rows, minibatches, experiment.micro_batch_rows)
     devices = experiment.mesh().size
     pieces = {"prompts or rows a step": getattr(experiment, "prompts_per_step", rows),
-              "rows of a minibatch": rows // experiment.minibatches,
+              "rows of a minibatch": rows // minibatches,
               "micro_batch_rows": experiment.micro_batch_rows}  # fmt: skip
     for name, count in pieces.items():
         if count % devices:
             raise Refused(f"{count} {name} do not divide over {devices} devices: change the number or "
                           "data_mesh.devices")  # fmt: skip
+
+
+def rounds_divide(experiment: Any) -> None:
+    """A round divides into chunks of prompts, and is at least as large as an optimizer step."""
+    whole, chunk = experiment.prompts_per_round, experiment.prompts_per_step
+    if whole % chunk:
+        raise Refused(f"prompts_per_round = {whole} does not divide into chunks of prompts_per_step = {chunk}")
+    rows = whole * experiment.group_size
+    if experiment.rows_per_step > rows:
+        raise Refused(f"rows_per_step is {experiment.rows_per_step}, but a round has {rows} rows: make it smaller")
+
+
+def groups_stay_whole(experiment: Any, unit: int) -> None:
+    """Optimizer steps and micro-batches hold whole groups, where a loss compares the rows of a group."""
+    for name in ("rows_per_step", "micro_batch_rows"):
+        if getattr(experiment, name) % unit:
+            raise Refused(f"{name} = {getattr(experiment, name)} would split groups of {unit} rows, which a loss "
+                          f"compares: make it a multiple of {unit}")  # fmt: skip
+
+
+def selects_rows(select_fn: Callable[[Batch], Any], rows: Batch) -> None:
+    """A selection says yes or no to every row."""
+    kept, b = jax.eval_shape(select_fn, rows), rows.mask.shape[0]
+    if getattr(kept, "shape", None) != (b,) or kept.dtype != bool:
+        shown = f"{kept.dtype}{list(kept.shape)}" if hasattr(kept, "shape") else type(kept).__name__
+        raise Refused(f"{name_of(select_fn)} must return bool[{b}], one yes or no a row, got {shown}")
 
 
 def what_is_read(losses: Sequence[LossFn], of_batch: Sequence[Callable[[Batch], Any]], batch: Batch,
@@ -158,14 +186,15 @@ def groups_teach(advantage_fn: Callable[[Batch], Any], batch: Batch, group_size:
                       "would be 0; set group_size to 2 or more, or choose another advantage")  # fmt: skip
 
 
-def sampling_fits(sampling: Sampling, old_log_probs: Callable, reads: set[str] | frozenset[str]) -> None:
+def sampling_fits(sampling: Sampling, old_log_probs: Callable, reads: set[str] | frozenset[str], *,
+                  group_size: int = 2) -> None:  # fmt: skip
     """Importance ratios need one distribution in numerator and denominator, and a group needs randomness."""
     recorded = inspect.unwrap(old_log_probs) is scoring.sampler_log_probs
     if sampling.filtered and recorded and "Batch.old_log_probs" in reads:
         raise Refused("importance ratios under top-k or top-p would compare two different distributions: set "
                       "Sampling.top_k = 0 and top_p = 1.0, or Experiment.old_log_probs = "
                       "@scoring.recomputed_log_probs")  # fmt: skip
-    if sampling.temperature == 0.0:
+    if sampling.temperature == 0.0 and group_size > 1:
         raise Refused("Sampling.temperature is 0.0 (greedy), so all completions of a group are alike: set it above 0")
 
 

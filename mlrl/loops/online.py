@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from mlrl import advantages, controllers, curricula, meshes, optimizers, reductions, runs, scoring, selection
@@ -31,14 +30,12 @@ from mlrl.types import (
     CurriculumFn,
     LossFn,
     Metrics,
-    Params,
     Prompts,
     ReductionFn,
     RewardFn,
     Rewards,
     Rollout,
     RolloutFn,
-    Scores,
     SelectFn,
     Task,
     TrainState,
@@ -143,11 +140,11 @@ def prepare(experiment: Experiment) -> Parts:
     parts = Parts(experiment, model, reference, lift(experiment.reward_fn), frozenset())
     checks.rewards_work(parts.reward, experiment.task)
     checks.evaluations_work(experiment.evaluations)
-    prompts, rollout, rewards = _abstract_step(parts)
+    prompts, rollout, rewards = stages.abstract_rows(parts)
     batch = jax.eval_shape(unannotated, rollout, rewards)
-    losses, advantage_fn = bound(parts, controllers.initial(experiment))
+    losses, advantage_fn = stages.bound(parts, controllers.initial(experiment))
     reads = checks.what_is_read(losses, (advantage_fn, experiment.select_fn), batch, model.config.vocabulary_size)
-    parts = dataclasses.replace(parts, reads=frozenset(reads | _asked_of_models(parts, prompts, rollout)))
+    parts = dataclasses.replace(parts, reads=frozenset(reads | stages.asked_of_models(parts, prompts, rollout)))
     checks.compatible(experiment.model, reads)
     checks.one_kl(losses, advantage_fn, batch)
     checks.groups_teach(advantage_fn, batch, experiment.group_size)
@@ -155,32 +152,6 @@ def prepare(experiment: Experiment) -> Parts:
     checks.refill_fits(experiment, parts.reward.in_graph)
     jax.eval_shape(functools.partial(learn, parts), abstract_state(parts), prompts, rollout, rewards)
     return parts
-
-
-def bound(parts: Parts, states: dict[str, Array]) -> tuple[tuple[LossFn, ...], AdvantageFn]:
-    """The losses and the advantage function, with controlled knobs where their controllers have them."""
-    losses = tuple(controllers.bound(loss_fn, states) for loss_fn in parts.experiment.losses)
-    return losses, controllers.bound(parts.experiment.advantage_fn, states)
-
-
-def _asked_of_models(parts: Parts, prompts: Prompts, rollout: Rollout) -> set[str]:
-    """What the reward asks of models that the state must keep for it: the reference, or nothing."""
-    asked = set()
-
-    def judge(state: TrainState, prompts: Prompts, rollout: Rollout) -> Rewards:
-        bound_ = stages.models(parts, state.replace(reference=state.params))
-
-        def noted(rollout: Rollout) -> Scores:
-            asked.add("Batch.reference_log_probs")
-            return bound_.score(rollout)
-
-        rows = prompts_lib.repeat(prompts, parts.experiment.group_size)
-        models = bound_._replace(reference=noted)
-        return parts.reward.update(state.reward, rollout, rows, parts.experiment.task, models)[0].check()
-
-    if parts.reward.in_graph:
-        jax.eval_shape(judge, abstract_state(parts), prompts, rollout)
-    return asked
 
 
 def prompt_source(parts: Parts) -> Callable[..., Prompts]:
@@ -255,8 +226,8 @@ def learn(parts: Parts, state: TrainState, prompts: Prompts, rollout: Rollout,
           rewards: Rewards) -> tuple[TrainState, Metrics, Batch]:  # fmt: skip
     """Annotate the rows, credit their tokens, and update: the state of the next step, metrics, and the rows."""
     experiment = parts.experiment
-    score_rows = functools.partial(score, parts, prompts.tokens.shape[1])
-    losses, advantage_fn = bound(parts, state.controllers)
+    score_rows = functools.partial(stages.score, parts, prompts.tokens.shape[1])
+    losses, advantage_fn = stages.bound(parts, state.controllers)
     batch = stages.annotate(parts, state, unannotated(rollout, rewards), score_rows)
     credit, returns = advantage_fn(batch)
     batch = batch.replace(advantages=credit, returns=returns)
@@ -278,33 +249,10 @@ def learn(parts: Parts, state: TrainState, prompts: Prompts, rollout: Rollout,
     return state, metrics, batch
 
 
-def score(parts: Parts, prompt_columns: int, model: Transformer, params: Params, rollout: Rollout, *,
-          with_logits: bool = False) -> Scores:  # fmt: skip
-    """The learner's forward pass, at the sampler's temperature; the prompts' columns are not scored."""
-    return scoring.score(
-        model, params, rollout, temperature=parts.experiment.sampling.temperature, first_column=prompt_columns,
-        chunk_columns=parts.experiment.score_chunk_columns, with_logits=with_logits,
-    )  # fmt: skip
-
-
-def _abstract_step(parts: Parts) -> tuple[Prompts, Rollout, Rewards]:
-    """Shapes and dtypes of a step's prompts, rows and rewards."""
-    experiment = parts.experiment
-    weights = jnp.asarray(experiment.task.rates, jnp.float32)
-    draw = lambda: prompts_lib.draw(experiment.task, jax.random.key(0), 0, experiment.prompts_per_step, weights)  # noqa: E731
-    prompts = jax.eval_shape(draw) if experiment.task.in_graph else draw()
-    rollout = jax.eval_shape(functools.partial(sample_rows, parts), abstract_state(parts), prompts)
-    b, length = rollout.tokens.shape
-    number = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
-    rewards = Rewards(tokens=number(b, length), outcome=number(b), scored=jax.ShapeDtypeStruct((b,), bool),
-                      parts={name: number(b) for name in parts.reward.names})  # fmt: skip
-    return prompts, rollout, rewards
-
-
 def describe(parts: Parts) -> str:
     """What a step and a run are, in words, and the rewards of real rows; compiles nothing but the rewards."""
     experiment, task = parts.experiment, parts.experiment.task
-    prompts, rollout, _ = _abstract_step(parts)
+    prompts, rollout, _ = stages.abstract_rows(parts)
     state = abstract_state(parts)
     n, g = experiment.prompts_per_step, experiment.group_size
     (rows, columns), width = rollout.tokens.shape, prompts.tokens.shape[1]

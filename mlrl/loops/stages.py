@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from mlrl import meshes, scoring
+from mlrl import controllers, meshes, scoring
 from mlrl import prompts as prompts_lib
-from mlrl.loops.states import Parts, reads_reference
+from mlrl.loops.states import Parts, abstract_state, reads_reference
+from mlrl.models.transformer import Transformer
 from mlrl.types import (
+    AdvantageFn,
     Array,
     Batch,
     Distribution,
+    LossFn,
     Models,
+    Params,
     Prompts,
     Refused,
     Rewards,
@@ -51,6 +56,21 @@ def reward_rows(parts: Any, state: TrainState, rollout: Rollout, prompts: Prompt
     bound = models(parts, state)
     rewards, reward_state = parts.reward.update(state.reward, rollout, rows, parts.experiment.task, bound)
     return rewards.check(), reward_state
+
+
+def bound(parts: Parts, states: dict[str, Array]) -> tuple[tuple[LossFn, ...], AdvantageFn]:
+    """The losses and the advantage function, with controlled knobs where their controllers have them."""
+    losses = tuple(controllers.bound(loss_fn, states) for loss_fn in parts.experiment.losses)
+    return losses, controllers.bound(parts.experiment.advantage_fn, states)
+
+
+def score(parts: Parts, prompt_columns: int, model: Transformer, params: Params, rollout: Rollout, *,
+          with_logits: bool = False) -> Scores:  # fmt: skip
+    """The learner's forward pass, at the sampler's temperature; the prompts' columns are not scored."""
+    return scoring.score(
+        model, params, rollout, temperature=parts.experiment.sampling.temperature, first_column=prompt_columns,
+        chunk_columns=parts.experiment.score_chunk_columns, with_logits=with_logits,
+    )  # fmt: skip
 
 
 def annotate(parts: Parts, state: TrainState, batch: Batch, score: ScoreFn) -> Batch:
@@ -106,3 +126,38 @@ def models(parts: Parts, state: TrainState) -> Models:
         score=lambda rollout: asked(parts.model, state.params, rollout),
         reference=reference,
     )  # fmt: skip
+
+
+def abstract_rows(parts: Any) -> tuple[Prompts, Rollout, Rewards]:
+    """Shapes and dtypes of `prompts_per_step` prompts, of the rows sampled for them, and of their rewards."""
+    experiment = parts.experiment
+    weights = jnp.asarray(experiment.task.rates, jnp.float32)
+    draw = lambda: prompts_lib.draw(experiment.task, jax.random.key(0), 0, experiment.prompts_per_step, weights)  # noqa: E731
+    prompts = jax.eval_shape(draw) if experiment.task.in_graph else draw()
+    sample = functools.partial(sample_rows, parts)
+    rollout = jax.eval_shape(lambda state, prompts: sample(state, prompts, state.key), abstract_state(parts), prompts)
+    b, length = rollout.tokens.shape
+    number = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+    rewards = Rewards(tokens=number(b, length), outcome=number(b), scored=jax.ShapeDtypeStruct((b,), bool),
+                      parts={name: number(b) for name in parts.reward.names})  # fmt: skip
+    return prompts, rollout, rewards
+
+
+def asked_of_models(parts: Any, prompts: Prompts, rollout: Rollout) -> set[str]:
+    """What the reward asks of models that the state must keep for it: {"TrainState.reference"}, or nothing."""
+    asked = set()
+
+    def judge(state: TrainState, prompts: Prompts, rollout: Rollout) -> Rewards:
+        bound_ = models(parts, state.replace(reference=state.params))
+
+        def noted(rollout: Rollout) -> Scores:
+            asked.add("TrainState.reference")
+            return bound_.score(rollout)
+
+        rows = prompts_lib.repeat(prompts, parts.experiment.group_size)
+        update = parts.reward.update
+        return update(state.reward, rollout, rows, parts.experiment.task, bound_._replace(reference=noted))[0].check()
+
+    if parts.reward.in_graph:
+        jax.eval_shape(judge, abstract_state(parts), prompts, rollout)
+    return asked

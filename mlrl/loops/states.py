@@ -17,7 +17,8 @@ from mlrl.types import Params, TrainState
 class Parts(Protocol):
     """What every loop's parts have: an experiment closed over its models and checked.
 
-    reads      the fields that losses, advantages and selection look at; nothing else is computed or kept
+    reads      the fields that losses, advantages and selection look at, and "TrainState.reference" where something
+               else does; nothing else is computed or kept
     """
 
     experiment: Any
@@ -30,8 +31,13 @@ class Parts(Protocol):
 
 
 def reads_reference(parts: Parts) -> bool:
-    """Whether anything looks at the frozen reference."""
+    """Whether anything looks at what the frozen reference says of the rows."""
     return any(name.startswith("Batch.reference_") for name in parts.reads)
+
+
+def keeps_reference(parts: Parts) -> bool:
+    """Whether the state holds the frozen reference: rows are annotated with it, or a reward or a round asks for it."""
+    return reads_reference(parts) or any(name.startswith("TrainState.reference") for name in parts.reads)
 
 
 def initial_state(parts: Parts) -> TrainState:
@@ -39,7 +45,7 @@ def initial_state(parts: Parts) -> TrainState:
     key = jax.random.fold_in(jax.random.key(parts.experiment.seed), 0x73746172)
     params = parts.experiment.start(parts.model, key)
     reference = ()
-    if reads_reference(parts):
+    if keeps_reference(parts):
         reference = parts.experiment.reference.params(params, parts.reference_model, key)
     return state_from(parts, params, reference)
 
@@ -48,7 +54,7 @@ def abstract_state(parts: Parts) -> TrainState:
     """Shapes and dtypes of the state, without computing any of it."""
 
     def make(key: jax.Array) -> TrainState:
-        reference = random_parameters(parts.reference_model, key) if reads_reference(parts) else ()
+        reference = random_parameters(parts.reference_model, key) if keeps_reference(parts) else ()
         return state_from(parts, random_parameters(parts.model, key), reference)
 
     return jax.eval_shape(make, jax.random.key(0))

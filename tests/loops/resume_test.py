@@ -1,6 +1,5 @@
 """N steps are k + (N - k) steps, bitwise: parameters, optimizer, metrics; also after kill -9 at any moment."""
 
-import json
 import os
 import pathlib
 import random
@@ -9,37 +8,22 @@ import subprocess
 import sys
 import time
 
-import jax
-import numpy as np
 import pytest
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 import worlds  # noqa: E402
+from worlds import assert_same, logged  # noqa: E402
 
 from mlrl import runs  # noqa: E402
 from mlrl.loops import online  # noqa: E402
-
-TIMES = ("seconds/", "tokens_per_second", "compilations")
 
 
 def train(folder, **changes):
     experiment = worlds.sums(**changes)
     with runs.Run(folder, experiment.recording) as run:
         return online.train(experiment, run)
-
-
-def logged(folder):
-    """Every line of metrics.jsonl without what a clock says."""
-    lines = [json.loads(line) for line in pathlib.Path(folder, "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines]
-
-
-def assert_same(state, other):
-    unkeyed = lambda s: jax.tree.leaves(jax.device_get(s.replace(key=jax.random.key_data(s.key))))  # noqa: E731
-    for a, b in zip(unkeyed(state), unkeyed(other), strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 @pytest.fixture(scope="module")

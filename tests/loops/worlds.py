@@ -1,10 +1,15 @@
 """Experiments so small that a test can run them whole."""
 
 import functools
+import json
+import pathlib
 
-from mlrl import optimizers, runs
+import jax
+import numpy as np
+
+from mlrl import optimizers, runs, selection
 from mlrl.evaluation import Evaluation
-from mlrl.loops import online
+from mlrl.loops import iterated, online
 from mlrl.losses import policy
 from mlrl.meshes import data_mesh
 from mlrl.models.transformer import Config
@@ -13,6 +18,7 @@ from mlrl.rollouts.single_turn import single_turn
 from mlrl.tasks import puzzles
 from mlrl.types import RewardFn
 
+TIMES = ("seconds/", "tokens_per_second", "compilations")
 TINY = Config(width=16, layers=1, heads=2, kv_heads=1, head_width=8, mlp_width=24)
 ROLLOUT = functools.partial(single_turn, max_completion_tokens=3)
 ONE_DEVICE = functools.partial(data_mesh, devices=1)
@@ -40,3 +46,27 @@ def sums(**changes) -> online.Experiment:
         recording=runs.Recording(save_every_steps=6, samples_every_steps=5, samples_rows=2),
     )  # fmt: skip
     return online.Experiment(**{**settings, **changes})
+
+
+def round_of_sums(**changes) -> iterated.Experiment:
+    """The same sums in rounds of 16 prompts x 4 completions, of which the best of each prompt is learned."""
+    given = sums()
+    shared = ("task", "reward_fn", "model", "rollout_fn", "optimizer", "mesh")
+    settings = {name: getattr(given, name) for name in shared}
+    settings |= dict(
+        num_rounds=5, select_fn=selection.best_of_n, prompts_per_round=16, prompts_per_step=8, group_size=4,
+        rows_per_step=12, epochs=2, recording=runs.Recording(save_every_steps=2, samples_every_steps=2, samples_rows=2),
+    )  # fmt: skip
+    return iterated.Experiment(**{**settings, **changes})
+
+
+def logged(folder):
+    """Every line of metrics.jsonl without what a clock says."""
+    lines = [json.loads(line) for line in pathlib.Path(folder, "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines]
+
+
+def assert_same(state, other):
+    unkeyed = lambda s: jax.tree.leaves(jax.device_get(s.replace(key=jax.random.key_data(s.key))))  # noqa: E731
+    for a, b in zip(unkeyed(state), unkeyed(other), strict=True):
+        np.testing.assert_array_equal(a, b)
