@@ -1,6 +1,8 @@
-"""Grouped-query attention with rotary positions, over the row itself or over a cache."""
+"""Grouped-query attention over the row itself or over a cache, with positions from outside."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -13,32 +15,10 @@ from mlrl.types import Array
 Cache = tuple[Array, Array]
 
 
-def rotary(x: Array, positions: Array, *, theta: float = 10_000.0) -> Array:
-    """Rotates pairs of features by angles that grow with the position (half-split convention).
-
-    With x = [x1, x2] along the last axis and angle_i = position * theta ** (-2i / head_width):
-        [x1 cos - x2 sin,  x2 cos + x1 sin]
-
-    Args:
-      x: [B, L, ..., head_width], any axes between.
-      positions: [B, L] int32, 0 for the first token of a row.
-      theta: the base of the geometric series of wavelengths.
-    Returns: the rotated x, same shape and dtype; the rotation itself is computed in fp32.
-    Reference: Su et al. 2021, RoFormer (the half-split layout is that of Llama and Qwen weights).
-    """
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions.astype(jnp.float32)[..., None] * frequency  # [B, L, half]
-    angle = angle.reshape(angle.shape[:2] + (1,) * (x.ndim - 3) + (half,))
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
-
-
-def attend(queries: Array, keys: Array, values: Array, mask: Array) -> Array:
+def attend(queries: Array, keys: Array, values: Array, mask: Array, *, scale: float, cap: float = 0.0) -> Array:
     """Softmax attention, the softmax in fp32.
 
-    out = softmax(q k^T / sqrt(head_width) + log mask) v
+    out = softmax(soft_cap(scale * q k^T) + log mask) v
 
     Args:
       queries: [B, L, K, H, head_width], H query heads to each of the K key/value heads.
@@ -46,15 +26,33 @@ def attend(queries: Array, keys: Array, values: Array, mask: Array) -> Array:
       values: [B, K, M, head_width].
       mask: [B, L, M] bool, True where a query may look. A query that may look nowhere (padding) gets a
         mean of the values: finite, and never read by a valid token.
+      scale: usually head_width ** -0.5.
+      cap: the bound of `soft_cap`; 0.0: none.
     Returns: [B, L, K, H, head_width].
     """
     b, length, k, h, width = queries.shape
-    queries = jnp.moveaxis(queries * width**-0.5, 1, 3).reshape(b, k, h * length, width)
+    queries = jnp.moveaxis(queries * scale, 1, 3).reshape(b, k, h * length, width)
     logits = jnp.matmul(queries, keys, preferred_element_type=jnp.float32).reshape(b, k, h, length, -1)
-    logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
+    logits = jnp.where(mask[:, None, None], soft_cap(logits, cap), jnp.finfo(jnp.float32).min)
     weights = nn.softmax(logits, axis=-1).astype(values.dtype).reshape(b, k, h * length, -1)
     mixed = jnp.matmul(weights, values).reshape(b, k, h, length, width)
     return jnp.moveaxis(mixed, 3, 1)
+
+
+def soft_cap(x: Array, cap: float) -> Array:
+    """cap * tanh(x / cap), which lies within +-cap; x itself where cap is 0.0. Reference: Gemma 2."""
+    return cap * jnp.tanh(x / cap) if cap else x
+
+
+def within_window(mask: Array, window: int) -> Array:
+    """Of the columns that a query may look at, the last `window`; all where `window` is 0. [B,L,M] -> [B,L,M] bool.
+
+    Padding and holes do not count: the window is one of tokens, its own included, as in a row without them.
+    """
+    if not window:
+        return mask
+    at_or_behind = jnp.flip(jnp.cumsum(jnp.flip(mask, -1).astype(jnp.int32), axis=-1), -1)
+    return mask & (at_or_behind <= window)
 
 
 class Attention(nn.Module):
@@ -67,8 +65,13 @@ class Attention(nn.Module):
     kv_heads: int
     heads_per_kv: int
     head_width: int
-    rope_theta: float
+    rotate: Callable[[Array, Array], Array]  # (x, positions) -> x
+    norm: Callable[..., nn.Module]  # (name=) -> a norm, for `qk_norm`
+    qk_norm: bool
     qkv_bias: bool
+    out_bias: bool
+    scale: float
+    cap: float
     out_init_scale: float
     dtype: jnp.dtype
     param_dtype: jnp.dtype
@@ -79,7 +82,11 @@ class Attention(nn.Module):
         features = (self.kv_heads, self.heads_per_kv + 2, self.head_width)
         qkv = nn.DenseGeneral(features, use_bias=self.qkv_bias, dtype=self.dtype, param_dtype=self.param_dtype,
                               name="qkv")(x)  # fmt: skip
-        rotated = rotary(qkv[:, :, :, :-1], positions, theta=self.rope_theta)
+        heads = qkv[:, :, :, :-1]
+        if self.qk_norm:
+            queries, keys = heads[:, :, :, :-1], heads[:, :, :, -1:]
+            heads = jnp.concatenate([self.norm(name="query_norm")(queries), self.norm(name="key_norm")(keys)], axis=3)
+        rotated = self.rotate(heads, positions)
         queries = rotated[:, :, :, :-1]
         keys = jnp.moveaxis(rotated[:, :, :, -1], 1, 3)  # [B, K, head_width, L]
         values = jnp.swapaxes(qkv[:, :, :, -1], 1, 2)  # [B, K, L, head_width]
@@ -87,8 +94,8 @@ class Attention(nn.Module):
             keys = lax.dynamic_update_slice(cache[0], keys.astype(cache[0].dtype), (0, 0, 0, column))
             values = lax.dynamic_update_slice(cache[1], values.astype(cache[1].dtype), (0, 0, column, 0))
             cache = (keys, values)
-        mixed = attend(queries, keys, values, mask)
+        mixed = attend(queries, keys, values, mask, scale=self.scale, cap=self.cap)
         init = nn.initializers.variance_scaling(self.out_init_scale, "fan_in", "normal")
-        out = nn.DenseGeneral(x.shape[-1], axis=(-3, -2, -1), use_bias=False, dtype=self.dtype,
+        out = nn.DenseGeneral(x.shape[-1], axis=(-3, -2, -1), use_bias=self.out_bias, dtype=self.dtype,
                               param_dtype=self.param_dtype, kernel_init=init, name="out")(mixed)  # fmt: skip
         return out, cache

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mlrl.models.attention import Attention, Cache
+from mlrl.models.attention import Attention, Cache, soft_cap, within_window
+from mlrl.models.mlp import GatedMLP, PlainMLP
+from mlrl.models.norms import RMSNorm
+from mlrl.models.rope import Scaling, rotary, unrotated, unscaled
 from mlrl.types import Array, Params, Refused, require_whole
 
 
@@ -17,15 +21,28 @@ from mlrl.types import Array, Params, Refused, require_whole
 class Config:
     """The shape of a transformer. Defaults are a model of half a million parameters that a laptop trains.
 
-    vocabulary_size  rows of the embedding; 0 takes the size of the task's vocabulary
-    width            D, the width of the residual stream
-    kv_heads         K; the query heads must be a multiple of it
-    qkv_bias         biases on queries, keys and values (Qwen2 has them, Llama does not)
-    tied_head        the embedding is the output head too
-    value_head       values of tokens, from a linear head on the policy's trunk, or on the critic's if there is one
-    critic_layers    layers of a critic: a second trunk under the value head that shares nothing with the policy's
-                     (same width and heads, an embedding and a final norm of its own); 0: no critic
-    dtype            of activations and matrix products; log-softmax and normalization are always fp32
+    vocabulary_size    rows of the embedding; 0 takes the size of the task's vocabulary
+    width              D, the width of the residual stream
+    kv_heads           K; the query heads must be a multiple of it
+    rope_theta         the base of the rotary wavelengths
+    rope_scaling       what is done to the rotary frequencies; see mlrl.models.rope
+    windows            how many tokens back a layer's attention sees, 0 for all; the tuple repeats over the layers
+    window_rope_theta  rope_theta of the layers with a window, which are then not scaled; 0.0: as in the others
+    learned_positions  rows of a table of positions that are added to the embedding, in place of rotation; 0: none
+    norm               (eps, param_dtype) -> a normalization; see mlrl.models.norms
+    post_norms         also normalizes what attention and MLP return (Gemma 2)
+    qk_norm            normalizes each head's queries and keys (Qwen3)
+    qkv_bias           biases on queries, keys and values (Qwen2 has them, Llama does not)
+    out_bias, mlp_bias  biases on the attention's output, and on all of the MLP (GPT-2)
+    gated_mlp          gate and up, or up only; `activation` is the function between
+    scale_width        attention logits are divided by its root; 0: head_width
+    attention_cap, logits_cap  soft caps of the attention's and the output's logits; 0.0: none (Gemma 2)
+    embedding_scale    a factor on the embedding, but not on the tied head (Gemma)
+    tied_head          the embedding is the output head too
+    value_head         values of tokens, from a linear head on the policy's trunk, or on the critic's if there is one
+    critic_layers      layers of a critic: a second trunk under the value head that shares nothing with the policy's
+                       (same width and heads, an embedding and a final norm of its own); 0: no critic
+    dtype              of activations and matrix products; log-softmax and normalization are always fp32
     """
 
     vocabulary_size: int = 0
@@ -36,8 +53,23 @@ class Config:
     head_width: int = 32
     mlp_width: int = 384
     rope_theta: float = 10_000.0
+    rope_scaling: Scaling = unscaled
+    windows: tuple[int, ...] = (0,)
+    window_rope_theta: float = 0.0
+    learned_positions: int = 0
+    norm: Callable[..., nn.Module] = RMSNorm
     norm_eps: float = 1e-6
+    post_norms: bool = False
+    qk_norm: bool = False
     qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    gated_mlp: bool = True
+    activation: Callable[[Array], Array] = nn.silu
+    scale_width: int = 0
+    attention_cap: float = 0.0
+    logits_cap: float = 0.0
+    embedding_scale: float = 1.0
     tied_head: bool = True
     value_head: bool = False
     critic_layers: int = 0
@@ -54,47 +86,21 @@ class Config:
                           "Config.value_head = True, or critic_layers = 0")  # fmt: skip
         if self.heads % self.kv_heads:
             raise Refused(f"Config.heads ({self.heads}) must be a multiple of Config.kv_heads ({self.kv_heads})")
-        if self.head_width % 2:
+        for name in ("learned_positions", "scale_width"):
+            require_whole("Config", name, getattr(self, name), 0)
+        if not isinstance(self.windows, tuple) or not self.windows:
+            raise Refused(f"Config.windows must be a tuple of at least one number of tokens, got {self.windows!r}")
+        for window in self.windows:
+            require_whole("Config", "windows", window, 0)
+        if self.head_width % 2 and not self.learned_positions:
             raise Refused(f"Config.head_width must be even for rotary positions, got {self.head_width}")
         for name in ("dtype", "param_dtype"):
             if getattr(self, name) not in ("float32", "bfloat16"):
                 raise Refused(f"Config.{name} must be 'float32' or 'bfloat16', got {getattr(self, name)!r}")
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * scale, in fp32. Reference: Zhang and Sennrich 2019."""
-
-    eps: float
-    param_dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * scale).astype(x.dtype)
-
-
-class GatedMLP(nn.Module):
-    """down(silu(gate x) * (up x)), gate and up in one product. Reference: Shazeer 2020, GLU Variants."""
-
-    width: int
-    out_init_scale: float
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        both = nn.DenseGeneral((2, self.width), use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype,
-                               name="gate_up")(x)  # fmt: skip
-        hidden = nn.silu(both[..., 0, :]) * both[..., 1, :]
-        init = nn.initializers.variance_scaling(self.out_init_scale, "fan_in", "normal")
-        return nn.Dense(x.shape[-1], use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype,
-                        kernel_init=init, name="down")(hidden)  # fmt: skip
-
-
 class Transformer(nn.Module):
-    """Pre-norm decoder: RMSNorm, rotary grouped-query attention, gated MLP, tied or untied head."""
+    """Pre-norm decoder: grouped-query attention, MLP, tied or untied head; what else there is, Config says."""
 
     config: Config
 
@@ -103,15 +109,27 @@ class Transformer(nn.Module):
         dtypes = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
         # Residual branches start small, so that the depth does not blow up the residual stream (GPT-2).
         small = 1.0 / (2 * c.layers)
+        norm = functools.partial(c.norm, c.norm_eps, dtypes["param_dtype"])
+        mlp = GatedMLP if c.gated_mlp else PlainMLP
         self.embedding = nn.Embed(c.vocabulary_size, c.width, embedding_init=nn.initializers.normal(0.02), **dtypes)
-        self.attention_norms = [RMSNorm(c.norm_eps, dtypes["param_dtype"]) for _ in range(c.layers)]
+        if c.learned_positions:
+            self.positions = nn.Embed(c.learned_positions, c.width, embedding_init=nn.initializers.normal(0.02),
+                                      **dtypes)  # fmt: skip
+        self.attention_norms = [norm() for _ in range(c.layers)]
         self.attentions = [
-            Attention(c.kv_heads, c.heads // c.kv_heads, c.head_width, c.rope_theta, c.qkv_bias, small, **dtypes)
-            for _ in range(c.layers)
-        ]
-        self.mlp_norms = [RMSNorm(c.norm_eps, dtypes["param_dtype"]) for _ in range(c.layers)]
-        self.mlps = [GatedMLP(c.mlp_width, small, **dtypes) for _ in range(c.layers)]
-        self.final_norm = RMSNorm(c.norm_eps, dtypes["param_dtype"])
+            Attention(
+                kv_heads=c.kv_heads, heads_per_kv=c.heads // c.kv_heads, head_width=c.head_width,
+                rotate=_rotation(c, i), norm=norm, qk_norm=c.qk_norm, qkv_bias=c.qkv_bias, out_bias=c.out_bias,
+                scale=(c.scale_width or c.head_width) ** -0.5, cap=c.attention_cap, out_init_scale=small, **dtypes,
+            )
+            for i in range(c.layers)
+        ]  # fmt: skip
+        self.mlp_norms = [norm() for _ in range(c.layers)]
+        self.mlps = [mlp(c.mlp_width, c.activation, c.mlp_bias, small, **dtypes) for _ in range(c.layers)]
+        if c.post_norms:
+            self.attention_post_norms = [norm() for _ in range(c.layers)]
+            self.mlp_post_norms = [norm() for _ in range(c.layers)]
+        self.final_norm = norm()
         if not c.tied_head:
             self.head = nn.Dense(c.vocabulary_size, use_bias=False, **dtypes)
         if c.critic_layers:
@@ -132,19 +150,37 @@ class Transformer(nn.Module):
           column: the cache column where the first of the L tokens is written.
         Returns: hidden states after the final norm [B,L,D], and the caches with the new columns written.
         """
-        x = self.embedding(tokens)
+        c = self.config
+        x = self._embedded(tokens, positions, mask.shape[-1])
+        masks = {window: within_window(mask, window) for window in set(c.windows)}
         written = []
-        for i in range(self.config.layers):
+        for i in range(c.layers):
             cache = caches[i] if caches else None
-            mixed, cache = self.attentions[i](self.attention_norms[i](x), positions, mask, cache, column)
-            x = x + mixed
-            x = x + self.mlps[i](self.mlp_norms[i](x))
+            seen = masks[c.windows[i % len(c.windows)]]
+            mixed, cache = self.attentions[i](self.attention_norms[i](x), positions, seen, cache, column)
+            x = x + (self.attention_post_norms[i](mixed) if c.post_norms else mixed)
+            mixed = self.mlps[i](self.mlp_norms[i](x))
+            x = x + (self.mlp_post_norms[i](mixed) if c.post_norms else mixed)
             written.append(cache)
         return self.final_norm(x), tuple(written) if caches else ()
 
+    def _embedded(self, tokens: Array, positions: Array, columns: int) -> Array:
+        """Tokens [B,L], and their positions where these are learned, as vectors [B,L,D]."""
+        c = self.config
+        x = self.embedding(tokens)
+        if c.embedding_scale != 1.0:
+            x = x * jnp.asarray(c.embedding_scale, x.dtype)
+        if not c.learned_positions:
+            return x
+        if columns > c.learned_positions:
+            raise Refused(f"rows have {columns} columns, but Config.learned_positions is {c.learned_positions}: "
+                          "shorten prompts or completions")  # fmt: skip
+        return x + self.positions(positions)
+
     def logits(self, hidden: Array) -> Array:
         """Hidden states [...,D] to unnormalized log-probabilities [...,V], always fp32."""
-        return (self.embedding.attend(hidden) if self.config.tied_head else self.head(hidden)).astype(jnp.float32)
+        logits = self.embedding.attend(hidden) if self.config.tied_head else self.head(hidden)
+        return soft_cap(logits.astype(jnp.float32), self.config.logits_cap)
 
     def critic_hidden(self, tokens: Array, positions: Array, mask: Array) -> Array:
         """Hidden states of the critic's trunk [B,L,D], from what the policy's saw; needs Config.critic_layers."""
@@ -164,6 +200,15 @@ class Transformer(nn.Module):
         hidden, _ = self(tokens, positions, mask)
         seen = self.critic_hidden(tokens, positions, mask) if self.config.critic_layers else hidden
         return self.logits(hidden), self.values(seen) if self.config.value_head else ()
+
+
+def _rotation(config: Config, layer: int) -> Callable[[Array, Array], Array]:
+    """How a layer rotates queries and keys: (x, positions) -> x."""
+    if config.learned_positions:
+        return unrotated
+    if config.windows[layer % len(config.windows)] and config.window_rope_theta:
+        return functools.partial(rotary, theta=config.window_rope_theta)
+    return functools.partial(rotary, theta=config.rope_theta, scaling=config.rope_scaling)
 
 
 def initialize(model: Transformer, key: Array) -> Params:

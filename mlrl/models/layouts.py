@@ -1,0 +1,131 @@
+"""Layouts: which tensor of a Hugging Face checkpoint lies where in the parameters of the transformer.
+
+A layout serves import and export alike. A kernel here often holds several tensors there (queries, keys and values; gate
+and up), so each tensor is given as a view of its leaf: import assigns to the view, export reads it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from mlrl.models.transformer import Config
+
+Path = tuple[str, ...]  # of a leaf in the nested dict of parameters
+View = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor of a checkpoint.
+
+    name   as in the file
+    shape  as in the file
+    leaf   path of the parameter that holds it
+    view   leaf -> the part of it that is the tensor, with the tensor's elements in its order, in any shape
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    leaf: Path
+    view: View
+
+
+def whole(leaf: np.ndarray) -> np.ndarray:
+    """All of the leaf as it is."""
+    return leaf
+
+
+def outputs_first(leaf: np.ndarray) -> np.ndarray:
+    """A kernel [in, out] as PyTorch's Linear stores it, [out, in]."""
+    return leaf.T
+
+
+def decoder(c: Config) -> list[Tensor]:
+    """The layout that Llama began and Qwen, Mistral and Gemma keep: the same names, where a model has the part."""
+    d, q, kv, width = c.width, c.heads * c.head_width, c.kv_heads * c.head_width, c.mlp_width
+    tensors = [Tensor("model.embed_tokens.weight", (c.vocabulary_size, d), ("embedding", "embedding"), whole)]
+
+    def vector(name: str, size: int, *leaf: str, view: View = whole) -> None:
+        tensors.append(Tensor(name, (size,), leaf, view))
+
+    def linear(name: str, shape: tuple[int, int], module: Path, kernel: View, bias: View, biased: bool) -> None:
+        tensors.append(Tensor(f"{name}.weight", shape, (*module, "kernel"), kernel))
+        if biased:
+            vector(f"{name}.bias", shape[0], *module, "bias", view=bias)
+
+    for i in range(c.layers):
+        layer, attention, mlp = f"model.layers.{i}", f"attentions_{i}", f"mlps_{i}"
+        for name, which in (("q", slice(None, -2)), ("k", slice(-2, -1)), ("v", slice(-1, None))):
+            shape = (q if name == "q" else kv, d)
+            linear(f"{layer}.self_attn.{name}_proj", shape, (attention, "qkv"), *_heads(which), c.qkv_bias)
+        linear(f"{layer}.self_attn.o_proj", (d, q), (attention, "out"), _from_heads, whole, c.out_bias)
+        if c.qk_norm:
+            for short, long in (("q", "query"), ("k", "key")):
+                vector(f"{layer}.self_attn.{short}_norm.weight", c.head_width, attention, f"{long}_norm", "scale")
+        for j, name in enumerate(("gate", "up")):
+            linear(f"{layer}.mlp.{name}_proj", (width, d), (mlp, "gate_up"), *_half(j), c.mlp_bias)
+        linear(f"{layer}.mlp.down_proj", (d, width), (mlp, "down"), outputs_first, whole, c.mlp_bias)
+        norms = {"input_layernorm": "attention_norms", "post_attention_layernorm": "mlp_norms"}
+        if c.post_norms:
+            norms = {"input_layernorm": "attention_norms", "post_attention_layernorm": "attention_post_norms",
+                     "pre_feedforward_layernorm": "mlp_norms",
+                     "post_feedforward_layernorm": "mlp_post_norms"}  # fmt: skip
+        for theirs, ours in norms.items():
+            vector(f"{layer}.{theirs}.weight", d, f"{ours}_{i}", "scale")
+    vector("model.norm.weight", d, "final_norm", "scale")
+    if not c.tied_head:
+        tensors.append(Tensor("lm_head.weight", (c.vocabulary_size, d), ("head", "kernel"), outputs_first))
+    return tensors
+
+
+def _heads(which: slice) -> tuple[View, View]:
+    """Of a fused kernel [D, K, H + 2, W]: some of the heads as [K, H, W, D]; of its bias: [K, H, W]."""
+    return lambda kernel: np.moveaxis(kernel[:, :, which], 0, -1), lambda bias: bias[:, which]
+
+
+def _from_heads(kernel: np.ndarray) -> np.ndarray:
+    """[K, H, W, D] as [D, K, H, W]."""
+    return np.moveaxis(kernel, -1, 0)
+
+
+def _half(j: int) -> tuple[View, View]:
+    """Of a kernel [D, 2, M]: one half as [M, D]; of its bias: [M]."""
+    return lambda kernel: kernel[:, j].T, lambda bias: bias[j]
+
+
+def gpt2(c: Config) -> list[Tensor]:
+    """GPT-2's layout: kernels [in, out], queries, keys and values side by side in one kernel, everything biased."""
+    d, width = c.width, c.mlp_width
+    tensors = [
+        Tensor("transformer.wte.weight", (c.vocabulary_size, d), ("embedding", "embedding"), whole),
+        Tensor("transformer.wpe.weight", (c.learned_positions, d), ("positions", "embedding"), whole),
+    ]
+
+    def biased(name: str, module: Path, kernel: str, shape: tuple[int, ...], views: tuple[View, View]) -> None:
+        tensors.append(Tensor(f"{name}.weight", shape, (*module, kernel), views[0]))
+        tensors.append(Tensor(f"{name}.bias", shape[-1:], (*module, "bias"), views[1]))
+
+    as_is = (whole, whole)
+    # One query head to each key and value: [D, K, 3, W] as [D, 3, K, W].
+    fused = (lambda kernel: np.swapaxes(kernel, 1, 2), lambda bias: np.swapaxes(bias, 0, 1))
+    for i in range(c.layers):
+        layer = f"transformer.h.{i}"
+        biased(f"{layer}.ln_1", (f"attention_norms_{i}",), "scale", (d,), as_is)
+        biased(f"{layer}.attn.c_attn", (f"attentions_{i}", "qkv"), "kernel", (d, 3 * d), fused)
+        biased(f"{layer}.attn.c_proj", (f"attentions_{i}", "out"), "kernel", (d, d), as_is)
+        biased(f"{layer}.ln_2", (f"mlp_norms_{i}",), "scale", (d,), as_is)
+        biased(f"{layer}.mlp.c_fc", (f"mlps_{i}", "up"), "kernel", (d, width), as_is)
+        biased(f"{layer}.mlp.c_proj", (f"mlps_{i}", "down"), "kernel", (width, d), as_is)
+    biased("transformer.ln_f", ("final_norm",), "scale", (d,), as_is)
+    if not c.tied_head:
+        tensors.append(Tensor("lm_head.weight", (c.vocabulary_size, d), ("head", "kernel"), outputs_first))
+    return tensors
+
+
+def covers(tensors: list[Tensor], leaf: Path, size: int) -> bool:
+    """Whether the tensors fill all of a leaf."""
+    return sum(math.prod(t.shape) for t in tensors if t.leaf == leaf) == size
