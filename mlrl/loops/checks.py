@@ -62,6 +62,11 @@ def model_for(config: Config, vocabulary: Vocabulary) -> Transformer:
     return Transformer(dataclasses.replace(config, vocabulary_size=size))
 
 
+def start_fits(start: Callable[[Transformer, Any], Any], model: Transformer) -> None:
+    """First parameters that are read from files are those of the model; a start that can tell has a `check`."""
+    getattr(start, "check", lambda model: None)(model)
+
+
 def rows_divide(experiment: Any, rows: int) -> None:
     """The rows of a step divide into minibatches, micro-batches and devices."""
     for name in ("num_steps", "num_rounds", "minibatches", "epochs", "prompts_per_step", "prompts_per_round",

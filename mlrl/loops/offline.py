@@ -125,6 +125,7 @@ def prepare(experiment: Experiment) -> Parts:
     """Everything about an experiment that can be checked before compiling is checked here. Raises Refused."""
     checks.nouns(experiment)
     model = checks.model_for(experiment.model, experiment.task.vocabulary)
+    checks.start_fits(experiment.start, model)
     checks.rows_divide(experiment, experiment.rows_per_step)
     parts = Parts(experiment, model, experiment.reference.model(model), frozenset())
     batch = jax.eval_shape(unannotated, _abstract_rows(parts))

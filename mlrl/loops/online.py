@@ -135,6 +135,7 @@ def prepare(experiment: Experiment) -> Parts:
     """Everything about an experiment that can be checked before compiling is checked here. Raises Refused."""
     checks.nouns(experiment)
     model = checks.model_for(experiment.model, experiment.task.vocabulary)
+    checks.start_fits(experiment.start, model)
     checks.rows_divide(experiment, experiment.prompts_per_step * experiment.group_size)
     reference = experiment.reference.model(model)
     parts = Parts(experiment, model, reference, lift(experiment.reward_fn), frozenset())

@@ -1,7 +1,4 @@
-"""Families: what a Hugging Face config.json says of a model, as fields of Config, and back.
-
-Every setting is read, or known to change nothing here, or refused by name: none is silently ignored.
-"""
+"""Families: what a Hugging Face config.json says of a model, as fields of Config, and back."""
 
 from __future__ import annotations
 
@@ -14,6 +11,9 @@ import flax.linen as nn
 
 from mlrl.models import layouts, rope
 from mlrl.models.mlp import gelu, gelu_tanh
+from mlrl.models.norms import LayerNorm, OffsetRMSNorm
+from mlrl.models.rope_settings import scaling_back, scaling_of
+from mlrl.models.settings import NO_MATTER, Settings
 from mlrl.models.transformer import Config
 from mlrl.types import Refused
 
@@ -23,83 +23,6 @@ Fields = dict[str, Any]  # fields of Config by name; those that are left out hav
 OURS = ("value_head", "critic_layers", "dtype", "param_dtype")
 
 _ACTIVATIONS = {"silu": nn.silu, "gelu_pytorch_tanh": gelu_tanh, "gelu_new": gelu_tanh, "gelu": gelu}
-
-# Settings that change no logit: of training elsewhere, of other heads, of how files and results are returned.
-# Dropout too: mlrl trains without it.
-_NO_MATTER = frozenset("""
-    architectures model_type
-    _attn_implementation _attn_implementation_autoset _name_or_path attention_dropout attn_pdrop begin_suppress_tokens
-    bos_token_id cache_implementation chunk_size_feed_forward dtype embd_pdrop eos_token_id id2label initializer_range
-    label2id max_position_embeddings n_ctx n_positions output_attentions output_hidden_states output_router_logits
-    pad_token_id pretraining_tp problem_type reorder_and_upcast_attn resid_pdrop return_dict router_aux_loss_coef
-    router_jitter_noise summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
-    task_specific_params torch_dtype transformers_version unk_token_id use_cache
-""".split())  # fmt: skip
-
-
-class Settings:
-    """The settings of a config.json, each marked as it is read. Null is as good as absent; `known` is read."""
-
-    def __init__(self, settings: Mapping[str, Any], source: str, known: Sequence[str] | frozenset[str] = ()):
-        self._settings = {name: value for name, value in settings.items() if value is not None}
-        self._null = {name for name, value in settings.items() if value is None}
-        self._source = source
-        self._read = set(known)
-
-    def any(self, name: str, default: Any = None) -> Any:
-        """The value, or the default; with none, a missing setting is refused."""
-        self._read.add(name)
-        if name not in self._settings and default is None:
-            raise Refused(f"{self._source} has no {name}")
-        return self._settings.get(name, default)
-
-    def null(self, name: str) -> bool:
-        """Whether the setting is there, and null."""
-        return name in self._null
-
-    def whole(self, name: str, default: int | None = None) -> int:
-        value = self.any(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
-            raise self.refused(name, "a whole number")
-        return int(value)
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self.any(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.refused(name, "a number")
-        return float(value)
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self.any(name, default)
-        if not isinstance(value, bool):
-            raise self.refused(name, "true or false")
-        return value
-
-    def fixed(self, **values: Any) -> None:
-        """Refuses settings that are there with another value than the one that mlrl computes."""
-        for name, value in values.items():
-            if self.any(name, value) != value:
-                raise self.refused(name, repr(value))
-
-    def refused(self, name: str, wanted: str) -> Refused:
-        return Refused(f"{self._source} sets {name} to {self._settings.get(name)!r}; mlrl knows {wanted}")
-
-    def inner(self, name: str) -> Settings:
-        """The settings inside of a setting; none if it is absent."""
-        value = self.any(name, {})
-        if not isinstance(value, dict):
-            raise self.refused(name, "a group of settings")
-        return Settings(value, f"{name} in {self._source}")
-
-    def has(self, name: str) -> bool:
-        return name in self._settings
-
-    def all_read(self) -> None:
-        """Refuses the first setting that nothing has read."""
-        for name, value in self._settings.items():
-            if name not in self._read:
-                raise Refused(f"{self._source} sets {name} to {value!r}, which mlrl does not know")
-
 
 @dataclasses.dataclass(frozen=True)
 class Family:
@@ -131,7 +54,7 @@ def family_of(settings: Mapping[str, Any], source: str) -> tuple[Family, Fields]
         raise Refused(f"{source} is of model_type {name!r}, which mlrl does not have: it has {known_names()}")
     if architectures and architectures != [family.architecture]:
         raise Refused(f"{source} is of the architecture {', '.join(map(str, architectures))}: mlrl has {known_names()}")
-    reader = Settings(settings, source, _NO_MATTER)
+    reader = Settings(settings, source, NO_MATTER)
     fields = family.read(reader)
     reader.all_read()
     return family, fields
@@ -179,7 +102,6 @@ def _sizes(s: Settings, *, head_dim: int = 0, kv_heads: int = 0, tied: bool = Fa
         "heads": heads, "kv_heads": s.whole("num_key_value_heads", kv_heads or heads),
         "head_width": s.whole("head_dim", head_dim or width // heads), "mlp_width": s.whole("intermediate_size"),
         "norm_eps": s.number("rms_norm_eps", 1e-6), "tied_head": s.flag("tie_word_embeddings", tied),
-        "activation": _activation(s, "hidden_act", "silu"),
     }  # fmt: skip
 
 
@@ -199,6 +121,11 @@ def _activation(s: Settings, name: str, default: str) -> Callable:
     return _ACTIVATIONS[found]
 
 
+def _silu(s: Settings) -> Fields:
+    """The activation, which is SiLU unless hidden_act says otherwise."""
+    return {"activation": _activation(s, "hidden_act", "silu")}
+
+
 def _activation_name(c: Config) -> str:
     return next((name for name, function in _ACTIVATIONS.items() if function == c.activation), "unknown")
 
@@ -208,68 +135,11 @@ def _rope(s: Settings, *, theta: float = 10_000.0) -> Fields:
     positions = s.any("max_position_embeddings", ())
     inner = s.inner("rope_parameters") if s.has("rope_parameters") else s.inner("rope_scaling")
     base = s.number("rope_theta", theta)
-    return {"rope_theta": inner.number("rope_theta", base), "rope_scaling": _scaling(inner, positions)}
-
-
-def _scaling(s: Settings, positions: Any) -> rope.Scaling:
-    """The scaling that a group of settings describes; `positions` is max_position_embeddings."""
-    kind, older = s.any("rope_type", ""), s.any("type", "")
-    kind = kind or older or "default"
-    s.fixed(partial_rotary_factor=1.0)
-    s.any("rope_theta", ())
-    if kind not in _SCALINGS:
-        raise Refused(f"a rope_scaling of type {kind!r} is not known to mlrl: it has {', '.join(_SCALINGS)}")
-    scaling = _SCALINGS[kind](s, positions)
-    s.all_read()
-    return scaling
-
-
-def _unscaled(s: Settings, positions: Any) -> rope.Scaling:
-    del positions
-    s.any("factor", ())  # says nothing without a type
-    return rope.unscaled
-
-
-def _linear(s: Settings, positions: Any) -> rope.Scaling:
-    del positions
-    return rope.Linear(s.number("factor"))
-
-
-def _llama3(s: Settings, positions: Any) -> rope.Scaling:
-    original = s.whole("original_max_position_embeddings", positions or None)
-    return rope.Llama3(s.number("factor"), s.number("low_freq_factor"), s.number("high_freq_factor"), original)
-
-
-def _yarn(s: Settings, positions: Any) -> rope.Scaling:
-    original = s.whole("original_max_position_embeddings", positions or None)
-    factor = s.number("factor")
-    scale = lambda weight: 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-    magnitude = scale(1.0)
-    if s.has("mscale") and s.has("mscale_all_dim"):
-        magnitude = scale(s.number("mscale")) / scale(s.number("mscale_all_dim"))
-    return rope.Yarn(factor, original, s.number("attention_factor", magnitude), s.number("beta_fast", 32.0),
-                     s.number("beta_slow", 1.0), s.flag("truncate", True))  # fmt: skip
-
-
-_SCALINGS = {"default": _unscaled, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
-
-
-def _scaling_back(scaling: rope.Scaling) -> dict[str, Any]:
-    """The group of settings of a scaling; {} for none."""
-    match scaling:
-        case rope.Linear(factor):
-            return {"rope_type": "linear", "factor": factor}
-        case rope.Llama3(factor, low, high, original):
-            return {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
-                    "original_max_position_embeddings": original}  # fmt: skip
-        case rope.Yarn(factor, original, magnitude, fast, slow, whole):
-            return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original,
-                    "attention_factor": magnitude, "beta_fast": fast, "beta_slow": slow, "truncate": whole}  # fmt: skip
-    return {}
+    return {"rope_theta": inner.number("rope_theta", base), "rope_scaling": scaling_of(inner, positions)}
 
 
 def _rope_back(c: Config) -> dict[str, Any]:
-    scaling = _scaling_back(c.rope_scaling)
+    scaling = scaling_back(c.rope_scaling)
     return {"rope_theta": c.rope_theta} | ({"rope_scaling": scaling} if scaling else {})
 
 
@@ -295,7 +165,8 @@ def _windows_back(c: Config) -> dict[str, Any]:
 
 def _read_llama(s: Settings) -> Fields:
     biased = s.flag("attention_bias", False)
-    return _sizes(s) | _rope(s) | {"qkv_bias": biased, "out_bias": biased, "mlp_bias": s.flag("mlp_bias", False)}
+    more = {"qkv_bias": biased, "out_bias": biased, "mlp_bias": s.flag("mlp_bias", False)}
+    return _silu(s) | _sizes(s) | _rope(s) | more
 
 
 def _write_llama(c: Config) -> dict[str, Any]:
@@ -309,7 +180,7 @@ def _qwen_windows(s: Settings, layers: int) -> Fields:
 
 
 def _read_qwen2(s: Settings) -> Fields:
-    sizes = _sizes(s)
+    sizes = _silu(s) | _sizes(s)
     return sizes | _rope(s) | _qwen_windows(s, sizes["layers"]) | {"qkv_bias": True}
 
 
@@ -317,7 +188,132 @@ def _write_qwen2(c: Config) -> dict[str, Any]:
     return _sizes_back(c) | _rope_back(c) | _windows_back(c) | {"use_sliding_window": any(c.windows)}
 
 
+def _read_qwen3(s: Settings) -> Fields:
+    sizes, biased = _silu(s) | _sizes(s, head_dim=128), s.flag("attention_bias", False)
+    more = {"qk_norm": True, "qkv_bias": biased, "out_bias": biased}
+    return sizes | _rope(s) | _qwen_windows(s, sizes["layers"]) | more
+
+
+def _write_qwen3(c: Config) -> dict[str, Any]:
+    return _write_qwen2(c) | {"attention_bias": c.out_bias}
+
+
+def _read_mistral(s: Settings) -> Fields:
+    window = 0 if s.null("sliding_window") else s.whole("sliding_window", 4096)
+    return _silu(s) | _sizes(s, kv_heads=8) | _rope(s) | {"windows": (window,)}
+
+
+def _write_mistral(c: Config) -> dict[str, Any]:
+    return _sizes_back(c) | _rope_back(c) | {"sliding_window": c.windows[0] or None}
+
+
+def _gemma(s: Settings, activation: str) -> Fields:
+    """What the three Gemmas share. Gemma 1's files say gelu and mean its approximation by tanh."""
+    s.fixed(use_bidirectional_attention=False)
+    biased = s.flag("attention_bias", False)
+    for name in {"hidden_act", "hidden_activation"} - {activation}:  # older files have both
+        if s.any(name, "gelu_pytorch_tanh") not in ("gelu", "gelu_pytorch_tanh"):
+            raise s.refused(name, "gelu_pytorch_tanh")
+    shared = {"norm": OffsetRMSNorm, "qkv_bias": biased, "out_bias": biased,
+              "embedding_scale": math.sqrt(s.whole("hidden_size"))}  # fmt: skip
+    found = s.any(activation, "gelu_pytorch_tanh")
+    shared["activation"] = gelu_tanh if found == "gelu" else _activation(s, activation, "gelu_pytorch_tanh")
+    return _sizes(s, head_dim=256, tied=True) | shared
+
+
+def _gemma_back(c: Config, activation: str) -> dict[str, Any]:
+    settings = _sizes_back(c) | {"attention_bias": c.out_bias}
+    settings[activation] = settings.pop("hidden_act")
+    return settings
+
+
+def _read_gemma(s: Settings) -> Fields:
+    return _gemma(s, "hidden_act") | _rope(s)
+
+
+def _write_gemma(c: Config) -> dict[str, Any]:
+    return _gemma_back(c, "hidden_act") | _rope_back(c)
+
+
+def _soft_capped(s: Settings, attention: float, logits: float) -> Fields:
+    """Caps and the scale of the queries of Gemma 2 and 3; a cap that is null is none."""
+    caps = {"attention_cap": ("attn_logit_softcapping", attention), "logits_cap": ("final_logit_softcapping", logits)}
+    return {field: 0.0 if s.null(name) else s.number(name, default) for field, (name, default) in caps.items()} | {
+        "scale_width": s.whole("query_pre_attn_scalar", 256), "post_norms": True}  # fmt: skip
+
+
+def _soft_capped_back(c: Config) -> dict[str, Any]:
+    return {"attn_logit_softcapping": c.attention_cap or None, "final_logit_softcapping": c.logits_cap or None,
+            "query_pre_attn_scalar": c.scale_width}  # fmt: skip
+
+
+def _read_gemma2(s: Settings) -> Fields:
+    shared = _gemma(s, "hidden_activation")
+    windows = _windows(s, shared["layers"], s.whole("sliding_window", 4096), lambda i: i % 2 == 0)
+    return shared | _rope(s) | _soft_capped(s, 50.0, 30.0) | {"windows": windows}
+
+
+def _write_gemma2(c: Config) -> dict[str, Any]:
+    return _gemma_back(c, "hidden_activation") | _rope_back(c) | _soft_capped_back(c) | _windows_back(c)
+
+
+def _read_gemma3(s: Settings) -> Fields:
+    shared = _gemma(s, "hidden_activation")
+    every = s.whole("sliding_window_pattern", s.whole("_sliding_window_pattern", 6))
+    windows = _windows(s, shared["layers"], s.whole("sliding_window", 4096), lambda i: (i + 1) % every > 0)
+    more = {"windows": windows, "qk_norm": True}
+    return shared | _gemma3_rope(s) | _soft_capped(s, 0.0, 0.0) | more
+
+
+def _gemma3_rope(s: Settings) -> Fields:
+    """One base for layers that see all, with the scaling, and one for layers with a window."""
+    local = s.number("rope_local_base_freq", 10_000.0)
+    if not s.has("rope_parameters"):
+        return _rope(s, theta=1e6) | {"window_rope_theta": local}
+    inner = s.inner("rope_parameters")
+    near, far = inner.inner("sliding_attention"), inner.inner("full_attention")
+    inner.all_read()
+    if scaling_of(near, ()) != rope.unscaled:
+        raise s.refused("rope_parameters", "a scaling of full_attention only")
+    base, positions = s.number("rope_theta", 1e6), s.any("max_position_embeddings", ())
+    return {"rope_theta": far.number("rope_theta", base), "rope_scaling": scaling_of(far, positions),
+            "window_rope_theta": near.number("rope_theta", local)}  # fmt: skip
+
+
+def _write_gemma3(c: Config) -> dict[str, Any]:
+    return _write_gemma2(c) | {"rope_local_base_freq": c.window_rope_theta}
+
+
+def _read_gpt2(s: Settings) -> Fields:
+    s.fixed(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+    width, heads = s.whole("n_embd", 768), s.whole("n_head", 12)
+    return {
+        "vocabulary_size": s.whole("vocab_size", 50257), "width": width, "layers": s.whole("n_layer", 12),
+        "heads": heads, "kv_heads": heads, "head_width": width // heads, "mlp_width": s.whole("n_inner", 4 * width),
+        "learned_positions": s.whole("n_positions", 1024), "norm": LayerNorm,
+        "norm_eps": s.number("layer_norm_epsilon", 1e-5), "qkv_bias": True, "out_bias": True, "mlp_bias": True,
+        "gated_mlp": False, "activation": _activation(s, "activation_function", "gelu_new"),
+        "tied_head": s.flag("tie_word_embeddings", True),
+    }  # fmt: skip
+
+
+def _write_gpt2(c: Config) -> dict[str, Any]:
+    return {
+        "vocab_size": c.vocabulary_size, "n_embd": c.width, "n_layer": c.layers, "n_head": c.heads,
+        "n_inner": c.mlp_width, "n_positions": c.learned_positions, "layer_norm_epsilon": c.norm_eps,
+        "activation_function": _activation_name(c), "tie_word_embeddings": c.tied_head,
+    }  # fmt: skip
+
+
+# The first that has a shape exports it: a family comes before those that can say the same and more.
 FAMILIES = (
     Family("llama", "LlamaForCausalLM", _read_llama, _write_llama),
+    Family("mistral", "MistralForCausalLM", _read_mistral, _write_mistral),
     Family("qwen2", "Qwen2ForCausalLM", _read_qwen2, _write_qwen2),
+    Family("qwen3", "Qwen3ForCausalLM", _read_qwen3, _write_qwen3),
+    Family("gemma", "GemmaForCausalLM", _read_gemma, _write_gemma),
+    Family("gemma2", "Gemma2ForCausalLM", _read_gemma2, _write_gemma2),
+    Family("gemma3_text", "Gemma3ForCausalLM", _read_gemma3, _write_gemma3),
+    Family("gpt2", "GPT2LMHeadModel", _read_gpt2, _write_gpt2, layouts.gpt2, "transformer.",
+           (".attn.bias", ".attn.masked_bias")),
 )
