@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import functools
 import pathlib
-import subprocess
 import sys
 from collections.abc import Callable
 
+import environment
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,9 +33,8 @@ from mlrl.losses import (  # noqa: E402
 )
 from mlrl.types import Rewards, Rollout, Scores  # noqa: E402
 
-ENVIRONMENT = HERE / ".venv"
+ENVIRONMENT = environment.FOLDER
 NPZ = ENVIRONMENT / "trl.npz"
-PACKAGES = ("torch==2.13.0", "trl==1.16.0")
 TOLERANCE = 1e-5
 with_ = functools.partial
 total = with_(with_, updates.total_loss)  # losses -> (scores, batch) -> (sum, metrics)
@@ -200,30 +199,12 @@ def difference(name: str, stored: dict) -> float:
     return float(max(np.abs(loss - stored[name]), np.abs(gradient - stored[f"{name}.grad"]).max()))
 
 
-def make_environment() -> str:
-    """Makes the environment and TRL's half; returns "" or, in a line, why it could not."""
-    python = ENVIRONMENT / "bin" / "python"
-    commands = [
-        [sys.executable, "-m", "venv", str(ENVIRONMENT)],
-        [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", *PACKAGES],
-        [str(python), str(HERE / "trl_side.py"), str(NPZ)],
-    ]
-    imports = [str(python), "-c", "import torch, trl"]
-    installed = python.is_file() and not subprocess.run(imports, capture_output=True).returncode
-    for command in commands[2:] if installed else commands:
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            said = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()
-            return f"{' '.join(command[1:4])} ... said: {said[-1]}"
-    return ""
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--npz", default="", help="what trl_side.py wrote; without it the environment is made")
     arguments = parser.parse_args()
     if not arguments.npz:
-        problem = make_environment()
+        problem = environment.run(ENVIRONMENT, HERE / "trl_side.py", NPZ)
         if problem:
             print(f"parity with TRL was not checked: {problem}")
             return 0
