@@ -36,9 +36,10 @@ test-all: install
 bench: install
 	$(BIN)/python -m benchmarks.run
 
-# Losses and gradients beside TRL's, in an environment of their own; says so when that cannot be made.
+# Losses beside TRL's and models beside transformers', in an environment of their own; says so when that cannot be made.
 parity: install
 	JAX_PLATFORMS=cpu $(BIN)/python parity/trl_parity.py
+	JAX_PLATFORMS=cpu $(BIN)/python parity/transformers_parity.py
 
 lint: install
 	$(BIN)/ruff check .

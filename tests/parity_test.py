@@ -1,7 +1,9 @@
-"""TRL's losses against ours, where `make parity` has left what TRL computed; else it says so and skips."""
+"""TRL's losses and transformers' models against ours, where `make parity` has left theirs; else it says so and skips."""
 
+import dataclasses
 import functools
 import pathlib
+import shutil
 import sys
 
 import numpy as np
@@ -12,6 +14,7 @@ from mlrl.losses import policy
 REPO = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO / "parity"))
 
+import transformers_parity  # noqa: E402
 import trl_parity  # noqa: E402
 
 
@@ -49,3 +52,27 @@ def test_an_environment_that_cannot_be_made_is_told_in_one_line(tmp_path, monkey
     assert trl_parity.main() == 0
     said = capsys.readouterr().out
     assert said.startswith("parity with TRL was not checked: ") and said.count("\n") == 1 and "a_file" in said
+
+
+@pytest.fixture(scope="module")
+def models():
+    if not transformers_parity.cases(transformers_parity.FOLDER):
+        pytest.skip("there is no parity/.venv/models: `make parity` writes it, in an environment with transformers")
+    return transformers_parity.FOLDER
+
+
+@pytest.mark.slow  # `make parity` compares too
+def test_every_model_is_that_of_transformers(models, tmp_path):
+    names = transformers_parity.cases(models)
+    assert {name.partition("_")[0] for name in names} >= {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt2"}
+    for name in names:
+        shutil.copytree(models / name, tmp_path / name)  # the comparison writes exports
+        assert transformers_parity.compared(tmp_path / name) == []
+
+
+def test_a_model_with_a_planted_mistake_is_not_that_of_transformers(models):
+    config, params = transformers_parity.imported(models / "gemma3_linear")
+    theirs = dict(np.load(models / "gemma3_linear" / "theirs.npz"))
+    assert transformers_parity.difference(config, params, theirs) <= transformers_parity.TOLERANCE
+    changed = dataclasses.replace(config, window_rope_theta=0.0)
+    assert transformers_parity.difference(changed, params, theirs) > 100 * transformers_parity.TOLERANCE
