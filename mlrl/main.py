@@ -58,7 +58,11 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     report = add("report", _report, "Write one self-contained HTML page about one or several runs.")
     report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR")
     report.add_argument("--out", default="", help="the page (default: report.html in the first run's folder)")
-    for command in (train, check, evaluate):
+    export = add("export", _export, "Write a run's last checkpoint as a Hugging Face folder.")
+    export.add_argument("run_dir")
+    export.add_argument("out_dir", help="a new folder: config.json, model.safetensors and the tokenizer's files")
+    export.add_argument("--shard_gb", type=float, default=5.0, help="cut weights into shards of at most so many GB")
+    for command in (train, check, evaluate, export):
         command.epilog = "--gin.NAME=VALUE sets a macro (--gin.SEED=1) or a binding (--gin.Config.layers=4)."
     plain = [a for a in argv if not a.startswith("--gin.")]
     overrides = {}
@@ -118,6 +122,17 @@ def _evaluate(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
         for name, r in found.items():
             print(f"{task}  {name:<8} {r['value']:.3f}  [{r['low']:.3f}, {r['high']:.3f}]  {r['prompts']} prompts")
     print(f"written to {pathlib.Path(arguments.run_dir, 'results.json')}")
+
+
+def _export(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+    config = pathlib.Path(arguments.run_dir, "config.gin")
+    _require_file(config, "a run folder has a config.gin")
+    experiment, _ = load(str(config), overrides)
+    from mlrl import export
+
+    for line in export.export_run(arguments.run_dir, experiment, _loop_of(experiment), arguments.out_dir,
+                                  shard_bytes=int(arguments.shard_gb * 1e9)):  # fmt: skip
+        print(line)
 
 
 def _report(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:

@@ -246,6 +246,21 @@ def _entries(folder: pathlib.Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text())["evaluations"] if path.is_file() else []
 
 
+def require_checkpoint(folder: pathlib.Path) -> None:
+    """Raises Refused unless the run has a complete checkpoint."""
+    if checkpoints.latest_step(folder / "checkpoints") is None:
+        raise Refused(f"{folder} has no complete checkpoint: train it first, or name another run folder")
+
+
+def last_state(folder: pathlib.Path, abstract: TrainState, sharding: Any) -> TrainState:
+    """The state in the last complete checkpoint of a run, every leaf placed by `sharding`; writes nothing."""
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
+    manager = checkpoints.open_manager(folder / "checkpoints", read_only=True)
+    state = checkpoints.restore(manager, placed)
+    checkpoints.close(manager)
+    return state
+
+
 def evaluate_run(folder: str | pathlib.Path, experiment: Any, loop: Any, *, task: str = "", prompts: int = 0,
                  samples: int = 0) -> Results:  # fmt: skip
     """Evaluates the last checkpoint of a run and adds the results to its results.json.
@@ -261,8 +276,7 @@ def evaluate_run(folder: str | pathlib.Path, experiment: Any, loop: Any, *, task
     folder = pathlib.Path(folder)
     if not experiment.evaluations:
         raise Refused(f"{folder}/config.gin names no evaluation: set Experiment.evaluations")
-    if checkpoints.latest_step(folder / "checkpoints") is None:
-        raise Refused(f"{folder} has no complete checkpoint: train it first, or name another run folder")
+    require_checkpoint(folder)
     changed = {name: value for name, value in (("prompts", prompts), ("samples", samples)) if value}
     evaluations = tuple(dataclasses.replace(e, **changed) for e in experiment.evaluations if task in ("", e.task.name))
     if not evaluations:
@@ -270,13 +284,7 @@ def evaluate_run(folder: str | pathlib.Path, experiment: Any, loop: Any, *, task
         raise Refused(f"{folder}/config.gin has no evaluation of the task {task!r}: it has {known}")
     parts = loop.prepare(experiment)
     with meshes.use(experiment.mesh()) as mesh:
-        whole = meshes.replicated(mesh)
-        placed = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), loop.abstract_state(parts)
-        )
-        manager = checkpoints.open_manager(folder / "checkpoints", read_only=True)
-        state = checkpoints.restore(manager, placed)
-        checkpoints.close(manager)
+        state = last_state(folder, loop.abstract_state(parts), meshes.replicated(mesh))
         step = int(state.step)
         results = evaluator(evaluations, parts.model, experiment.rollout_fn)(state.params, step, step)
     write_results(folder, step, results)

@@ -98,6 +98,26 @@ def generation_eos_ids(path: str) -> list[int]:
     return []
 
 
+def copy_files(path: str, config: str, out: pathlib.Path) -> list[str]:
+    """Copies the files of a Hugging Face tokenizer to a folder, unpacked and under the names that others look for."""
+    folder = _folder(path)
+    copies = {"tokenizer_config.json": _found(folder, config), "vocab.json": _found(folder, "vocab.json", "encoder.json"),
+              "merges.txt": _found(folder, "merges.txt", "vocab.bpe")}  # fmt: skip
+    plain = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+             "generation_config.json")  # fmt: skip
+    copies |= {name: _found(folder, name) for name in plain}
+    if pathlib.Path(path).is_file():
+        copies["tokenizer.json"] = pathlib.Path(path)
+    found = {name: file for name, file in copies.items() if file is not None}
+    for name, file in found.items():
+        (out / name).write_text(_text(file), encoding="utf-8", newline="")
+    if "tokenizer_class" not in _json(out, "tokenizer_config.json") and "tokenizer.json" not in found:
+        settings = _json(out, "tokenizer_config.json") | {"tokenizer_class": "GPT2Tokenizer"}  # what it was read as
+        (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+        found["tokenizer_config.json"] = out
+    return sorted(found)
+
+
 def _byte_pair_tokenizer(folder: pathlib.Path, config: str) -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 

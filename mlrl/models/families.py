@@ -301,7 +301,8 @@ def _write_gpt2(c: Config) -> dict[str, Any]:
     return {
         "vocab_size": c.vocabulary_size, "n_embd": c.width, "n_layer": c.layers, "n_head": c.heads,
         "n_inner": c.mlp_width, "n_positions": c.learned_positions, "layer_norm_epsilon": c.norm_eps,
-        "activation_function": _activation_name(c).replace("gelu_pytorch_tanh", "gelu_new"), "tie_word_embeddings": c.tied_head,
+        "activation_function": _activation_name(c).replace("gelu_pytorch_tanh", "gelu_new"),
+        "tie_word_embeddings": c.tied_head,
     }  # fmt: skip
 
 

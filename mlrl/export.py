@@ -1,0 +1,71 @@
+"""Export of a run: its last checkpoint as a Hugging Face folder, with the tokenizer's files."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+from typing import Any
+
+from mlrl import meshes, runs, tokenizer_files
+from mlrl.models import pretrained
+from mlrl.models.families import OURS
+from mlrl.models.settings import NO_MATTER
+from mlrl.types import Refused, Vocabulary
+from mlrl.vocabularies import HuggingFace, SentencePiece
+
+# Settings that are the file's own, and not kept from the folder that a run started from.
+_WRITTEN_ANEW = {"architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path"}
+
+
+def export_run(folder: str | os.PathLike, experiment: Any, loop: Any, out: str | os.PathLike, *,
+               shard_bytes: int = 5_000_000_000) -> list[str]:  # fmt: skip
+    """Writes the policy of a run's last checkpoint to a folder that transformers loads.
+
+    A value head or critic is left out: no architecture has a place for it. Of a run that began with pretrained weights,
+    config.json keeps the settings that change no logit, such as max_position_embeddings.
+
+    Args:
+      folder: the run's folder.
+      experiment: as its config.gin describes it.
+      loop: the module of its loop.
+      out: a new folder.
+      shard_bytes: above it the weights are cut into shards with an index.
+    Returns: what was done, in lines to print.
+    Raises: Refused, if there is no checkpoint, or no architecture has the model's shape, or `out` holds a model.
+    """
+    folder, out = pathlib.Path(folder), pathlib.Path(out)
+    if shard_bytes < 1:
+        raise Refused("mlrl export: --shard_gb must be above 0")
+    runs.require_checkpoint(folder)
+    parts, vocabulary = loop.prepare(experiment), experiment.task.vocabulary
+    with meshes.use(experiment.mesh()) as mesh:
+        state = runs.last_state(folder, loop.abstract_state(parts), meshes.replicated(mesh))
+    config = parts.model.config
+    files = pretrained.write(out, state.params, config, more=_more(experiment, vocabulary), shard_bytes=shard_bytes)
+    copied = _copy_tokenizer(vocabulary, out)
+    said = [f"step {int(state.step)} of {folder} is in {out}: {', '.join([*files, *copied])}"]
+    if not copied:
+        said.append("no tokenizer was written: the vocabulary did not come from files")
+    left = [name for name in OURS if name.startswith(("value", "critic")) and getattr(config, name, False)]
+    if left:
+        said.append(f"left out, since no architecture has a place for it: Config.{', Config.'.join(left)}")
+    return said
+
+
+def _more(experiment: Any, vocabulary: Vocabulary) -> dict[str, Any]:
+    """Settings of config.json beside the shape: those of the folder that the run started from, and special ids."""
+    before = pretrained.settings(experiment.start.path) if isinstance(experiment.start, pretrained.Start) else {}
+    kept = {name: value for name, value in before.items() if name in NO_MATTER - _WRITTEN_ANEW}
+    kept.pop("n_positions", None)  # of GPT-2, whose shape says it
+    eos = list(vocabulary.eos_ids)
+    return kept | {"eos_token_id": eos if len(eos) > 1 else eos[0], "pad_token_id": vocabulary.pad_id}
+
+
+def _copy_tokenizer(vocabulary: Vocabulary, out: pathlib.Path) -> list[str]:
+    if isinstance(vocabulary, HuggingFace):
+        return tokenizer_files.copy_files(vocabulary.path, vocabulary.config, out)
+    if isinstance(vocabulary, SentencePiece):
+        shutil.copyfile(vocabulary.path, out / "tokenizer.model")
+        return ["tokenizer.model"]
+    return []
