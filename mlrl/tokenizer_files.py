@@ -101,8 +101,11 @@ def generation_eos_ids(path: str) -> list[int]:
 def copy_files(path: str, config: str, out: pathlib.Path) -> list[str]:
     """Copies the files of a Hugging Face tokenizer to a folder, unpacked and under the names that others look for."""
     folder = _folder(path)
-    copies = {"tokenizer_config.json": _found(folder, config), "vocab.json": _found(folder, "vocab.json", "encoder.json"),
-              "merges.txt": _found(folder, "merges.txt", "vocab.bpe")}  # fmt: skip
+    copies = {
+        "tokenizer_config.json": _found(folder, config),
+        "vocab.json": _found(folder, "vocab.json", "encoder.json"),
+        "merges.txt": _found(folder, "merges.txt", "vocab.bpe"),
+    }
     plain = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
              "generation_config.json")  # fmt: skip
     copies |= {name: _found(folder, name) for name in plain}

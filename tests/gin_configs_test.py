@@ -7,11 +7,13 @@ import math
 import pathlib
 import re
 
+import jax
 import pytest
 
 from mlrl import main, meshes, runs
 from mlrl.loops.start import random_parameters
-from mlrl.models.transformer import Config
+from mlrl.models import pretrained
+from mlrl.models.transformer import Config, Transformer, initialize
 from mlrl.types import Refused
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
@@ -55,11 +57,19 @@ def in_the_repository(monkeypatch):
     monkeypatch.chdir(REPO)
 
 
-def overrides_for(path):
-    """The values that an experiment asks for: real data beside the checkout."""
+def with_includes(path):
+    """The text of a gin file and of all that it includes."""
     text = (REPO / path).read_text()
-    asked = re.findall(r"^(\w+) = %gin.REQUIRED", text, re.M)
-    where = {"DATA": DATA / pathlib.Path(path).parent.name, "VOCAB": DATA / "tokenizers" / "gpt2"}
+    return text + "".join(with_includes(name) for name in re.findall(r"^include '(.+)'", text, re.M))
+
+
+def overrides_for(path, folder):
+    """The values that an experiment asks for: real data beside the checkout, and weights that are written here."""
+    asked = re.findall(r"^(\w+) = %gin.REQUIRED", with_includes(path), re.M)
+    where = {"DATA": DATA / pathlib.Path(path).parent.name, "VOCAB": DATA / "tokenizers" / "gpt2", "WEIGHTS": folder}
+    if "WEIGHTS" in asked:
+        config = Config(**SMALL, vocabulary_size=50304)  # more rows than the tokenizer has ids
+        pretrained.write(folder, initialize(Transformer(config), jax.random.key(0)), config)
     for name in asked:
         if not where[name].is_dir():
             pytest.skip(f"{path} needs {name}, and there is no folder {where[name]}")
@@ -88,20 +98,20 @@ def one_step(experiment, loop, folder):
 
 
 @pytest.mark.parametrize("path", [path if path in LOADED_QUICKLY else slow(path) for path in EXPERIMENTS])
-def test_an_experiment_is_wholly_used(path):
-    prepared(path, overrides_for(path))
+def test_an_experiment_is_wholly_used(path, tmp_path):
+    prepared(path, overrides_for(path, tmp_path / "weights"))
 
 
 @pytest.mark.parametrize("path", [path if path in RUN_QUICKLY else slow(path) for path in EXPERIMENTS])
 def test_an_experiment_runs_a_tiny_step(path, tmp_path):
     """Its own task, rewards and method, with a smaller model, fewer rows, random first weights and no evaluations."""
-    experiment, loop = prepared(path, overrides_for(path))
+    experiment, loop = prepared(path, overrides_for(path, tmp_path / "weights"))
     sizes = {"prompts_per_step": 2, "group_size": 2} if hasattr(experiment, "group_size") else {"rows_per_step": 4}
     tiny = dataclasses.replace(
         experiment, model=dataclasses.replace(experiment.model, **SMALL), start=random_parameters, minibatches=1,
-        evaluations=(), **sizes,
+        micro_batch_rows=0, evaluations=(), **sizes,
     )  # fmt: skip
-    one_step(tiny, loop, tmp_path)
+    one_step(tiny, loop, tmp_path / "run")
 
 
 def compose(method, folder):
