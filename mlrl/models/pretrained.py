@@ -77,10 +77,7 @@ class Start:
         of_leaf: dict[Path, list[Tensor]] = {}
         for tensor in tensors:
             of_leaf.setdefault(tensor.leaf, []).append(tensor)
-        missing = [path for path in shapes if path not in of_leaf]
-        # Under one jit, what is not asked for is not computed: no second copy of the model.
-        rest = jax.jit(lambda key: [traverse_util.flatten_dict(initialize(model, key))[path] for path in missing])
-        flat = dict(zip(missing, rest(key)))
+        flat = _fresh(model, key, [path for path in shapes if path not in of_leaf])
         for path, parts in of_leaf.items():
             assert covers(parts, path, shapes[path].size), f"the layout leaves a part of {path} unset"
             leaf = np.empty(shapes[path].shape, shapes[path].dtype)
@@ -89,6 +86,12 @@ class Start:
                 view[...] = stored[tensor.name].read().reshape(view.shape)
             flat[path] = jnp.asarray(leaf)
         return traverse_util.unflatten_dict(flat)
+
+
+def _fresh(model: Transformer, key: Array, paths: list[Path]) -> dict[Path, Array]:
+    """Some of a model's random parameters; in one jit, so that the others are never computed."""
+    pick = lambda key: [traverse_util.flatten_dict(initialize(model, key))[path] for path in paths]
+    return dict(zip(paths, jax.jit(pick)(key))) if paths else {}
 
 
 def write(folder: str | pathlib.Path, params: Params, config: Config, *, more: Mapping[str, Any] = {},  # noqa: B006
