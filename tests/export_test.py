@@ -1,0 +1,131 @@
+"""mlrl export: a run that began with pretrained weights ends as a folder that can be imported again."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from mlrl import checkpoints, export, main, tokenizer_files, vocabularies
+from mlrl.models import pretrained
+from mlrl.models.transformer import Config, Transformer, initialize
+from mlrl.types import Refused
+
+REPO = pathlib.Path(__file__).resolve().parent.parent
+TOKENIZERS = REPO.parent / "shared" / "data" / "tokenizers"
+CONFIG = Config(vocabulary_size=24, width=8, layers=1, heads=2, kv_heads=1, head_width=4, mlp_width=6, qkv_bias=True)
+GIN = """
+from __gin__ import dynamic_registration
+include 'gin/methods/ppo_shared.gin'
+include 'gin/models/pretrained.gin'
+include 'gin/tasks/arithmetic.gin'
+from mlrl import meshes
+from mlrl.loops import online
+from mlrl.models import pretrained
+from mlrl.models import transformer
+from mlrl.rewards import graph
+
+WEIGHTS = {!r}
+STEPS = 1
+DIGITS = 1
+pretrained.config.base = @transformer.Config()
+online.Experiment.reward_fn = @graph.random()
+online.Experiment.prompts_per_step = 8
+online.Experiment.group_size = 2
+online.Experiment.mesh = @meshes.data_mesh
+meshes.data_mesh.devices = 1
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder with first weights, and a run of one step from them."""
+    folder = tmp_path_factory.mktemp("export")
+    params = initialize(Transformer(CONFIG), jax.random.key(3))
+    pretrained.write(folder / "first", params, CONFIG, more={"max_position_embeddings": 77, "bos_token_id": 1})
+    (folder / "my.gin").write_text(GIN.format(str(folder / "first")))
+    assert main.main(["train", str(folder / "my.gin"), "--run_dir", str(folder / "run")]) == 0
+    return folder, params
+
+
+def exported(capsys, *arguments):
+    status = main.main(["export", *map(str, arguments)])
+    said = capsys.readouterr()
+    return status, said.out + said.err
+
+
+def test_a_run_begins_with_the_weights_of_the_folder_and_is_exported(run, capsys):
+    folder, first = run
+    status, said = exported(capsys, folder / "run", folder / "out", "--shard_gb", "1e-6")
+    assert status == 0, said
+    assert "step 1 of" in said and "no tokenizer was written" in said and "left out" in said
+    assert "Config.value_head" in said
+    settings = json.loads((folder / "out" / "config.json").read_text())
+    assert settings["architectures"] == ["Qwen2ForCausalLM"]
+    assert [settings[f"{name}_token_id"] for name in ("pad", "bos", "eos")] == [0, 1, 2]
+    assert settings["max_position_embeddings"] == 77
+    assert len(list((folder / "out").glob("model-*.safetensors"))) > 1
+    experiment, _ = main.load(str(folder / "my.gin"))
+    loop, parts = main._prepared(experiment)
+    abstract = loop.abstract_state(parts)
+    manager = checkpoints.open_manager(folder / "run" / "checkpoints", read_only=True)
+    trained = checkpoints.restore(manager, abstract).params
+    checkpoints.close(manager)
+    again = pretrained.start(path=str(folder / "out"))(Transformer(CONFIG), jax.random.key(0))
+    start = loop.initial_state(parts).params
+    assert set(trained) - set(again) == {"value"}
+    for name, module in again.items():
+        jax.tree.map(np.testing.assert_array_equal, module, trained[name])
+        jax.tree.map(np.testing.assert_array_equal, start[name], first[name])
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), {name: trained[name] for name in first}, first)
+    assert any(jax.tree.leaves(moved))
+
+
+def test_an_export_that_cannot_be_is_one_line(run, capsys, tmp_path):
+    folder, _ = run
+    for arguments, words in (
+        ((tmp_path, tmp_path / "out"), "a run folder has a config.gin"),
+        ((folder / "run", folder / "first"), "already holds config.json"),
+        ((folder / "run", folder / "my.gin"), "cannot make the folder"),
+        ((folder / "run", tmp_path / "out", "--shard_gb", "0"), "--shard_gb must be above 0"),
+    ):
+        status, said = exported(capsys, *arguments)
+        assert status == 2 and words in said and said.count("\n") == 1, said
+
+
+def test_a_folder_of_another_shape_is_refused_before_anything_runs(run, capsys, tmp_path):
+    folder, _ = run
+    other = "online.Experiment.model = @transformer.Config()\n"
+    (tmp_path / "my.gin").write_text((folder / "my.gin").read_text() + other)
+    assert main.main(["check", str(tmp_path / "my.gin")]) == 2
+    said = capsys.readouterr().err
+    assert "Config.width is 128, not 8" in said and "@pretrained.config()" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen2"])
+def test_a_tokenizer_is_copied_under_the_names_that_others_look_for(name, tmp_path):
+    if not (TOKENIZERS / name).is_dir():
+        pytest.skip(f"there is no folder {TOKENIZERS / name}")
+    vocabulary = vocabularies.hugging_face(str(TOKENIZERS / name))
+    copied = export._copy_tokenizer(vocabulary, tmp_path)
+    assert {"vocab.json", "merges.txt", "tokenizer_config.json"} <= set(copied) == {p.name for p in tmp_path.iterdir()}
+    again = vocabularies.hugging_face(str(tmp_path))
+    text = "Janet’s 16 ducks,\n  naïve"
+    assert again.encode(text) == vocabulary.encode(text) and again.eos_ids == vocabulary.eos_ids
+    kind = json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"]
+    assert kind == {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer"}[name]
+
+
+def test_a_sentencepiece_model_is_copied(tmp_path):
+    words = ["ab ba", "abba baab", "aab bba"]
+    vocabulary = vocabularies.train_sentencepiece(words, str(tmp_path / "m"), 12, byte_fallback=False)
+    (tmp_path / "out").mkdir()
+    assert export._copy_tokenizer(vocabulary, tmp_path / "out") == ["tokenizer.model"]
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (tmp_path / "m").read_bytes()
+    tokenizer_files.sentencepiece_model.cache_clear()
+
+
+def test_a_run_without_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(Refused, match="no complete checkpoint"):
+        export.export_run(tmp_path, None, None, tmp_path / "out")
