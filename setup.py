@@ -45,10 +45,10 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda12]>=0.10"],
-        "hf": ["huggingface-hub>=1.0", "safetensors>=0.6"],
+        "hf": ["huggingface-hub>=1.0"],
         "test": [
             "ipykernel>=6.0", "matplotlib>=3.9", "nbclient>=0.10", "psutil>=6.0", "pytest>=8.0",
-            "pytest-timeout>=2.3", "ruff>=0.12",
+            "pytest-timeout>=2.3", "ruff>=0.12", "safetensors>=0.6",
         ],  # fmt: skip
         "docs": ["jupytext>=1.17", "matplotlib>=3.9", "nbclient>=0.10"],
     },

@@ -13,14 +13,14 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from mlrl.types import Refused
 
 ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
-          "BF16": np.dtype(ml_dtypes.bfloat16)}  # fmt: skip
+          "BF16": np.dtype(jnp.bfloat16)}  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 

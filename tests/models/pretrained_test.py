@@ -6,7 +6,6 @@ import tracemalloc
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from flax import traverse_util
@@ -114,14 +113,14 @@ def test_each_tensor_lies_where_llama_has_it(tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_dtype_is_changed_on_the_way(llama, dtype):
     folder, tensors, write = llama
-    write({name: x.astype(ml_dtypes.bfloat16) for name, x in tensors.items()})
+    write({name: x.astype(jnp.bfloat16) for name, x in tensors.items()})
     base = Config(param_dtype=dtype, dtype=dtype)
     config = pretrained.config(folder, base=base)
     assert (config.param_dtype, config.dtype) == (dtype, dtype)
     leaves = jax.tree.leaves(read(folder, config))
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype(dtype)}
     kept = np.asarray(read(folder, config)["embedding"]["embedding"], np.float32)
-    np.testing.assert_array_equal(kept, tensors["model.embed_tokens.weight"].astype(ml_dtypes.bfloat16))
+    np.testing.assert_array_equal(kept, tensors["model.embed_tokens.weight"].astype(jnp.bfloat16))
 
 
 def test_heads_that_no_checkpoint_holds_start_at_random(tmp_path):
