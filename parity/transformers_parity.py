@@ -103,6 +103,10 @@ PLANTED = {
     "attention scaled by head_width": (lambda c: c.scale_width > 0, _changed(scale_width=0)),
     "embedding not scaled": (lambda c: c.embedding_scale != 1.0, _changed(embedding_scale=1.0)),
     "silu in place of gelu": (lambda c: c.activation is not jax.nn.silu, _changed(activation=jax.nn.silu)),
+    "another weight of experts": (
+        lambda c: c.experts > 0,
+        lambda c, params: (dataclasses.replace(c, experts_renormalized=not c.experts_renormalized), params)),
+    "one expert only": (lambda c: c.experts > 0, _changed(experts_per_token=1)),
     "no biases of queries": (lambda c: c.qkv_bias, _changed(qkv_bias=False)),
     "no bias behind attention": (lambda c: c.out_bias, _changed(out_bias=False)),
     "no biases of the MLP": (lambda c: c.mlp_bias, _changed(mlp_bias=False)),

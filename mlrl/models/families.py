@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -94,14 +95,15 @@ def differing(one: Config, other: Config) -> list[str]:
     return [f.name for f in dataclasses.fields(Config) if getattr(one, f.name) != getattr(other, f.name)]
 
 
-def _sizes(s: Settings, *, head_dim: int = 0, kv_heads: int = 0, tied: bool = False) -> Fields:
+def _sizes(s: Settings, *, head_dim: int = 0, kv_heads: int = 0, tied: bool = False,
+           norm_eps: float = 1e-6) -> Fields:  # fmt: skip
     """The sizes and rotary positions that Llama's descendants share; with the family's defaults."""
     width, heads = s.whole("hidden_size"), s.whole("num_attention_heads")
     return {
         "vocabulary_size": s.whole("vocab_size"), "width": width, "layers": s.whole("num_hidden_layers"),
         "heads": heads, "kv_heads": s.whole("num_key_value_heads", kv_heads or heads),
         "head_width": s.whole("head_dim", head_dim or width // heads), "mlp_width": s.whole("intermediate_size"),
-        "norm_eps": s.number("rms_norm_eps", 1e-6), "tied_head": s.flag("tie_word_embeddings", tied),
+        "norm_eps": s.number("rms_norm_eps", norm_eps), "tied_head": s.flag("tie_word_embeddings", tied),
     }  # fmt: skip
 
 
@@ -205,6 +207,39 @@ def _read_mistral(s: Settings) -> Fields:
 
 def _write_mistral(c: Config) -> dict[str, Any]:
     return _sizes_back(c) | _rope_back(c) | {"sliding_window": c.windows[0] or None}
+
+
+def _read_mixtral(s: Settings) -> Fields:
+    window = s.whole("sliding_window", 0)
+    experts = {"experts": s.whole("num_local_experts", 8), "experts_per_token": s.whole("num_experts_per_tok", 2)}
+    sizes = _silu(s) | _sizes(s, kv_heads=8, norm_eps=1e-5) | _rope(s, theta=1e6)
+    return sizes | experts | {"windows": (window,)}
+
+
+def _write_mixtral(c: Config) -> dict[str, Any]:
+    return _write_mistral(c) | {"num_local_experts": c.experts, "num_experts_per_tok": c.experts_per_token}
+
+
+def _read_qwen3_moe(s: Settings) -> Fields:
+    """Every layer has experts: those that mix in dense ones are refused."""
+    s.fixed(decoder_sparse_step=1, mlp_only_layers=[], use_sliding_window=False)
+    s.any("sliding_window", ())
+    s.any("max_window_layers", ())
+    sizes, biased = _silu(s) | _sizes(s, kv_heads=4), s.flag("attention_bias", False)
+    return sizes | _rope(s) | {
+        "mlp_width": s.whole("moe_intermediate_size", 768), "qk_norm": True, "qkv_bias": biased, "out_bias": biased,
+        "experts": s.whole("num_experts", s.whole("num_local_experts", 128)),
+        "experts_per_token": s.whole("num_experts_per_tok", 8),
+        "experts_renormalized": s.flag("norm_topk_prob", False),
+    }  # fmt: skip
+
+
+def _write_qwen3_moe(c: Config) -> dict[str, Any]:
+    return _sizes_back(c) | _rope_back(c) | {
+        "attention_bias": c.out_bias, "moe_intermediate_size": c.mlp_width, "num_experts": c.experts,
+        "num_experts_per_tok": c.experts_per_token, "norm_topk_prob": c.experts_renormalized, "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }  # fmt: skip
 
 
 def _gemma(s: Settings, activation: str) -> Fields:
@@ -312,6 +347,9 @@ FAMILIES = (
     Family("mistral", "MistralForCausalLM", _read_mistral, _write_mistral),
     Family("qwen2", "Qwen2ForCausalLM", _read_qwen2, _write_qwen2),
     Family("qwen3", "Qwen3ForCausalLM", _read_qwen3, _write_qwen3),
+    Family("mixtral", "MixtralForCausalLM", _read_mixtral, _write_mixtral,
+           functools.partial(layouts.decoder, experts=layouts.mixtral_experts)),
+    Family("qwen3_moe", "Qwen3MoeForCausalLM", _read_qwen3_moe, _write_qwen3_moe),
     Family("gemma", "GemmaForCausalLM", _read_gemma, _write_gemma),
     Family("gemma2", "Gemma2ForCausalLM", _read_gemma2, _write_gemma2),
     Family("gemma3_text", "Gemma3ForCausalLM", _read_gemma3, _write_gemma3),

@@ -44,7 +44,33 @@ def outputs_first(leaf: np.ndarray) -> np.ndarray:
     return leaf.T
 
 
-def decoder(c: Config) -> list[Tensor]:
+Experts = Callable[[Config, str, str], list[Tensor]]  # (config, layer's name there, MLP's name here)
+
+
+def _experts(c: Config, block: str, names: tuple[str, str, str], mlp: str) -> list[Tensor]:
+    """The router and every expert's gate, up and down, by these names, in a block of the checkpoint."""
+    d, width = c.width, c.mlp_width
+    tensors = [Tensor(f"{block}.gate.weight", (c.experts, d), (mlp, "router", "kernel"), outputs_first)]
+    for e in range(c.experts):
+        for j, name in enumerate(names[:2]):
+            view = lambda leaf, e=e, j=j: leaf[e, :, j].T
+            tensors.append(Tensor(f"{block}.experts.{e}.{name}.weight", (width, d), (mlp, "gate_up"), view))
+        view = lambda leaf, e=e: leaf[e].T
+        tensors.append(Tensor(f"{block}.experts.{e}.{names[2]}.weight", (d, width), (mlp, "down"), view))
+    return tensors
+
+
+def qwen_experts(c: Config, layer: str, mlp: str) -> list[Tensor]:
+    """A layer's experts by the names of Qwen3-MoE."""
+    return _experts(c, f"{layer}.mlp", ("gate_proj", "up_proj", "down_proj"), mlp)
+
+
+def mixtral_experts(c: Config, layer: str, mlp: str) -> list[Tensor]:
+    """A layer's experts by the names of Mixtral."""
+    return _experts(c, f"{layer}.block_sparse_moe", ("w1", "w3", "w2"), mlp)
+
+
+def decoder(c: Config, *, experts: Experts = qwen_experts) -> list[Tensor]:
     """The layout that Llama began and Qwen, Mistral and Gemma keep: the same names, where a model has the part."""
     d, q, kv, width = c.width, c.heads * c.head_width, c.kv_heads * c.head_width, c.mlp_width
     tensors = [Tensor("model.embed_tokens.weight", (c.vocabulary_size, d), ("embedding", "embedding"), whole)]
@@ -66,9 +92,12 @@ def decoder(c: Config) -> list[Tensor]:
         if c.qk_norm:
             for short, long in (("q", "query"), ("k", "key")):
                 vector(f"{layer}.self_attn.{short}_norm.weight", c.head_width, attention, f"{long}_norm", "scale")
-        for j, name in enumerate(("gate", "up")):
-            linear(f"{layer}.mlp.{name}_proj", (width, d), (mlp, "gate_up"), *_half(j), c.mlp_bias)
-        linear(f"{layer}.mlp.down_proj", (d, width), (mlp, "down"), outputs_first, whole, c.mlp_bias)
+        if c.experts:
+            tensors.extend(experts(c, layer, mlp))
+        else:
+            for j, name in enumerate(("gate", "up")):
+                linear(f"{layer}.mlp.{name}_proj", (width, d), (mlp, "gate_up"), *_half(j), c.mlp_bias)
+            linear(f"{layer}.mlp.down_proj", (d, width), (mlp, "down"), outputs_first, whole, c.mlp_bias)
         norms = {"input_layernorm": "attention_norms", "post_attention_layernorm": "mlp_norms"}
         if c.post_norms:
             norms = {"input_layernorm": "attention_norms", "post_attention_layernorm": "attention_post_norms",

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mlrl.models.attention import Attention, Cache, soft_cap, within_window
-from mlrl.models.mlp import GatedMLP, PlainMLP
+from mlrl.models.mlp import ExpertsMLP, GatedMLP, PlainMLP
 from mlrl.models.norms import RMSNorm
 from mlrl.models.rope import Scaling, rotary, unrotated, unscaled
 from mlrl.types import Array, Params, Refused, require_whole
@@ -35,6 +35,8 @@ class Config:
     qkv_bias           biases on queries, keys and values (Qwen2 has them, Llama does not)
     out_bias, mlp_bias  biases on the attention's output, and on all of the MLP (GPT-2)
     gated_mlp          gate and up, or up only; `activation` is the function between
+    experts            gated MLPs of mlp_width in a layer, of which a token passes experts_per_token; 0: one MLP
+    experts_renormalized  the chosen experts' weights sum to 1
     scale_width        attention logits are divided by its root; 0: head_width
     attention_cap, logits_cap  soft caps of the attention's and the output's logits; 0.0: none (Gemma 2)
     embedding_scale    a factor on the embedding, but not on the tied head (Gemma)
@@ -66,6 +68,9 @@ class Config:
     mlp_bias: bool = False
     gated_mlp: bool = True
     activation: Callable[[Array], Array] = nn.silu
+    experts: int = 0
+    experts_per_token: int = 2
+    experts_renormalized: bool = True
     scale_width: int = 0
     attention_cap: float = 0.0
     logits_cap: float = 0.0
@@ -86,8 +91,13 @@ class Config:
                           "Config.value_head = True, or critic_layers = 0")  # fmt: skip
         if self.heads % self.kv_heads:
             raise Refused(f"Config.heads ({self.heads}) must be a multiple of Config.kv_heads ({self.kv_heads})")
-        for name in ("learned_positions", "scale_width"):
+        for name in ("learned_positions", "scale_width", "experts"):
             require_whole("Config", name, getattr(self, name), 0)
+        if self.experts and not 1 <= self.experts_per_token <= self.experts:
+            raise Refused(f"Config.experts_per_token must be between 1 and Config.experts ({self.experts}), got "
+                          f"{self.experts_per_token}")  # fmt: skip
+        if self.experts and (self.mlp_bias or not self.gated_mlp):
+            raise Refused("Config.experts are gated and have no biases: set gated_mlp = True and mlp_bias = False")
         if not isinstance(self.windows, tuple) or not self.windows:
             raise Refused(f"Config.windows must be a tuple of at least one number of tokens, got {self.windows!r}")
         for window in self.windows:
@@ -110,7 +120,6 @@ class Transformer(nn.Module):
         # Residual branches start small, so that the depth does not blow up the residual stream (GPT-2).
         small = 1.0 / (2 * c.layers)
         norm = functools.partial(c.norm, c.norm_eps, dtypes["param_dtype"])
-        mlp = GatedMLP if c.gated_mlp else PlainMLP
         self.embedding = nn.Embed(c.vocabulary_size, c.width, embedding_init=nn.initializers.normal(0.02), **dtypes)
         if c.learned_positions:
             self.positions = nn.Embed(c.learned_positions, c.width, embedding_init=nn.initializers.normal(0.02),
@@ -125,7 +134,7 @@ class Transformer(nn.Module):
             for i in range(c.layers)
         ]  # fmt: skip
         self.mlp_norms = [norm() for _ in range(c.layers)]
-        self.mlps = [mlp(c.mlp_width, c.activation, c.mlp_bias, small, **dtypes) for _ in range(c.layers)]
+        self.mlps = [_mlp(c, small, **dtypes) for _ in range(c.layers)]
         if c.post_norms:
             self.attention_post_norms = [norm() for _ in range(c.layers)]
             self.mlp_post_norms = [norm() for _ in range(c.layers)]
@@ -200,6 +209,14 @@ class Transformer(nn.Module):
         hidden, _ = self(tokens, positions, mask)
         seen = self.critic_hidden(tokens, positions, mask) if self.config.critic_layers else hidden
         return self.logits(hidden), self.values(seen) if self.config.value_head else ()
+
+
+def _mlp(c: Config, out_init_scale: float, **dtypes: jnp.dtype) -> nn.Module:
+    """A layer's MLP: of experts, gated, or plain."""
+    if c.experts:
+        return ExpertsMLP(c.mlp_width, c.experts, c.experts_per_token, c.experts_renormalized, c.activation,
+                          out_init_scale, **dtypes)  # fmt: skip
+    return (GatedMLP if c.gated_mlp else PlainMLP)(c.mlp_width, c.activation, c.mlp_bias, out_init_scale, **dtypes)
 
 
 def _rotation(config: Config, layer: int) -> Callable[[Array, Array], Array]:
