@@ -12,7 +12,7 @@ import pytest
 from mlrl.generation import generate
 from mlrl.models import rope
 from mlrl.models.attention import attend, soft_cap, within_window
-from mlrl.models.mlp import PlainMLP, gelu, gelu_tanh
+from mlrl.models.mlp import ExpertsMLP, PlainMLP, gelu, gelu_tanh
 from mlrl.models.norms import LayerNorm, OffsetRMSNorm, RMSNorm
 from mlrl.models.transformer import Config, Transformer, causal_mask, initialize, row_positions
 from mlrl.scoring import score
@@ -59,6 +59,27 @@ def test_a_plain_mlp_by_hand():
     mlp = PlainMLP(2, jax.nn.relu, True, 1.0, F32, F32)
     assert mlp.apply({"params": params}, jnp.float32([[2.0]])).tolist() == [[9.0]]  # relu(2, -1) = 2, 0
     assert mlp.apply({"params": params}, jnp.float32([[-2.0]])).tolist() == [[14.0]]  # relu(-2, 3) = 0, 3
+
+
+@pytest.mark.parametrize("per_token, renormalized", [(2, True), (2, False), (3, False)])
+def test_experts_are_a_weighted_sum_of_the_likeliest(per_token, renormalized):
+    """Beside every expert applied to every token, and weighted by 0 where it was not chosen; gradients too."""
+    experts = ExpertsMLP(4, 3, per_token, renormalized, jax.nn.silu, 1.0, F32, F32)
+    x = jax.random.normal(jax.random.key(1), (2, 5, 6))
+    params = experts.init(jax.random.key(0), x)["params"]
+
+    def dense(params, x):
+        p = jax.nn.softmax(x @ params["router"]["kernel"])
+        p = jnp.where(p >= jnp.sort(p, axis=-1)[..., -per_token, None], p, 0.0)
+        p = p / jnp.sum(p, axis=-1, keepdims=True) if renormalized else p
+        gate, up = (jnp.einsum("bld,edm->blem", x, params["gate_up"][:, :, j]) for j in range(2))
+        return jnp.einsum("ble,blem,emd->bld", p, jax.nn.silu(gate) * up, params["down"])
+
+    def both(f):
+        return jax.jit(jax.value_and_grad(lambda params, x: jnp.sum(jnp.sin(f(params, x))), argnums=(0, 1)))(params, x)
+
+    found, wanted = both(lambda params, x: experts.apply({"params": params}, x)), both(dense)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, wanted)
 
 
 def test_a_soft_cap_bounds_and_leaves_small_numbers():
@@ -127,7 +148,7 @@ def scattered(config):
     return jax.tree.map(lambda x: jnp.asarray(0.5 * rng.normal(size=x.shape), x.dtype), shapes)
 
 
-@pytest.mark.parametrize("config", [FULL, GPT2])
+@pytest.mark.parametrize("config", [FULL, GPT2, Config(**TINY, experts=3)])
 def test_the_cache_tells_what_the_row_tells(config):
     """Sampling over the cache records the log-probs that scoring finds, over padding and past every window."""
     model, params = Transformer(config), scattered(config)
@@ -170,7 +191,8 @@ def test_rows_beyond_the_table_of_positions_are_refused():
 
 @pytest.mark.parametrize(
     "fields, words",
-    [(dict(windows=()), "Config.windows"), (dict(windows=[4]), "must be a tuple"),
+    [(dict(experts=2, experts_per_token=3), "Config.experts_per_token"), (dict(experts=2, mlp_bias=True), "no biases"),
+     (dict(windows=()), "Config.windows"), (dict(windows=[4]), "must be a tuple"),
      (dict(windows=(-1,)), "Config.windows"),
      (dict(scale_width=-1), "Config.scale_width"), (dict(head_width=3), "must be even")],
 )  # fmt: skip

@@ -25,6 +25,8 @@ CONFIGS = {
     "MistralForCausalLM": Config(**SMALL, windows=(5,)),
     "Qwen2ForCausalLM": QWEN2,
     "Qwen3ForCausalLM": Config(**SMALL, qk_norm=True, rope_theta=1e6),
+    "MixtralForCausalLM": Config(**SMALL, experts=3, windows=(5,)),
+    "Qwen3MoeForCausalLM": Config(**SMALL, experts=3, experts_per_token=1, experts_renormalized=False, qk_norm=True),
     "GemmaForCausalLM": Config(**SMALL, **GEMMA),
     "Gemma2ForCausalLM": Config(**SMALL, **GEMMA, post_norms=True, windows=(5, 0), scale_width=9, attention_cap=50.0,
                                 logits_cap=30.0),
