@@ -35,7 +35,7 @@ def config(path: str, *, base: Config = Config()) -> Config:
     found = Config(**fields, **ours)
     for name in families.differing(base, found):
         if getattr(base, name) != getattr(Config(), name):
-            raise Refused(f"pretrained.config.base sets {name} to {getattr(base, name)!r}, but {path} decides it: "
+            raise Refused(f"pretrained.config.base sets {name} to {_shown(base, name)}, but {path} decides it: "
                           "leave it out")  # fmt: skip
     return found
 
@@ -65,7 +65,7 @@ class Start:
         there, here = families.shape_of(Config(**fields)), families.shape_of(model.config)
         names = families.differing(there, here)
         if names:
-            told = [f"Config.{name} is {getattr(here, name)!r}, not {getattr(there, name)!r}" for name in names]
+            told = [f"Config.{name} is {_shown(here, name)}, not {_shown(there, name)}" for name in names]
             raise Refused(f"the model is not that of {self.path}: {', '.join(told)}; set Experiment.model = "
                           "@pretrained.config()")  # fmt: skip
 
@@ -86,6 +86,12 @@ class Start:
                 view[...] = stored[tensor.name].read().reshape(view.shape)
             flat[path] = jnp.asarray(leaf)
         return traverse_util.unflatten_dict(flat)
+
+
+def _shown(config: Config, field: str) -> str:
+    """A field's value for a message; a function by its name."""
+    value = getattr(config, field)
+    return getattr(value, "__name__", repr(value))
 
 
 def _fresh(model: Transformer, key: Array, paths: list[Path]) -> dict[Path, Array]:

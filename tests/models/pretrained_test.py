@@ -302,6 +302,8 @@ def test_a_model_of_another_shape_is_refused_by_its_fields(llama):
     other = dataclasses.replace(LLAMA, width=16, rope_theta=5e5, dtype="bfloat16")
     with pytest.raises(Refused, match="Config.width is 16, not 8, Config.rope_theta is 500000.0, not 10000.0; set"):
         start.check(Transformer(other))
+    with pytest.raises(Refused, match="Config.activation is gelu_tanh, not silu"):
+        start.check(Transformer(dataclasses.replace(LLAMA, activation=gelu_tanh)))
     start.check(Transformer(dataclasses.replace(LLAMA, dtype="bfloat16", value_head=True, windows=(0, 0))))
     with pytest.raises(Refused, match="base sets width to 16, but"):
         pretrained.config(folder, base=other)
