@@ -61,7 +61,7 @@ def test_a_plain_mlp_by_hand():
     assert mlp.apply({"params": params}, jnp.float32([[-2.0]])).tolist() == [[14.0]]  # relu(-2, 3) = 0, 3
 
 
-@pytest.mark.parametrize("per_token, renormalized", [(2, True), (2, False), (3, False)])
+@pytest.mark.parametrize("per_token, renormalized", [(2, True), (3, False)])
 def test_experts_are_a_weighted_sum_of_the_likeliest(per_token, renormalized):
     """Beside every expert applied to every token, and weighted by 0 where it was not chosen; gradients too."""
     experts = ExpertsMLP(4, 3, per_token, renormalized, jax.nn.silu, 1.0, F32, F32)
@@ -174,10 +174,9 @@ def test_each_field_does_something(config, fields):
     params = scattered(config)
     valid = jnp.ones((1, 6), bool)
 
-    def logits(c):
+    def logits(c):  # operation by operation: most are compiled already
         model = Transformer(c)
-        tokens = jnp.arange(6)[None]
-        hidden, _ = model.apply({"params": params}, tokens, row_positions(valid), causal_mask(valid))
+        hidden, _ = model.apply({"params": params}, jnp.arange(6)[None], row_positions(valid), causal_mask(valid))
         return model.apply({"params": params}, hidden, method=Transformer.logits)
 
     assert jnp.abs(logits(config) - logits(dataclasses.replace(config, **fields))).max() > 1e-3
