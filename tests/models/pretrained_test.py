@@ -125,12 +125,16 @@ def test_the_dtype_is_changed_on_the_way(llama, dtype):
     np.testing.assert_array_equal(kept, tensors["model.embed_tokens.weight"].astype(jnp.bfloat16))
 
 
-def test_heads_that_no_checkpoint_holds_start_at_random(tmp_path):
-    pretrained.write(tmp_path, scattered(QWEN2), QWEN2)
-    config = pretrained.config(tmp_path, base=Config(value_head=True))
-    assert config == dataclasses.replace(QWEN2, value_head=True)
-    found, fresh = read(tmp_path, config), initialize(Transformer(config), jax.random.key(5))
-    assert_equal(found.pop("value"), fresh["value"])
+@pytest.mark.parametrize("part, base", [("value", Config(value_head=True)),
+                                        ("critic", Config(value_head=True, critic_layers=1))])  # fmt: skip
+def test_heads_that_no_checkpoint_holds_start_at_random(part, base, tmp_path):
+    pretrained.write(tmp_path / "one", scattered(QWEN2), QWEN2)
+    config = pretrained.config(tmp_path / "one", base=base)
+    assert config == dataclasses.replace(QWEN2, value_head=True, critic_layers=base.critic_layers)
+    found, fresh = read(tmp_path / "one", config), initialize(Transformer(config), jax.random.key(5))
+    pretrained.write(tmp_path / "two", found, config)
+    assert_equal(read(tmp_path / "two", QWEN2), scattered(QWEN2))
+    assert_equal(found.pop(part), fresh[part])
     assert_equal(found, scattered(QWEN2))
 
 
