@@ -199,6 +199,7 @@ def prepare(experiment: Experiment) -> Parts:
     """Everything about an experiment that can be checked before compiling is checked here. Raises Refused."""
     checks.nouns(experiment)
     model = checks.model_for(experiment.model, experiment.task.vocabulary)
+    checks.start_fits(experiment.start, model)
     checks.rows_divide(experiment, experiment.rows_per_step)
     checks.rounds_divide(experiment)
     parts = Parts(experiment, model, experiment.reference.model(model), lift(experiment.reward_fn), frozenset())
