@@ -10,7 +10,7 @@ import re
 import jax
 import pytest
 
-from mlrl import main, meshes, runs
+from mlrl import main, meshes, runs, selection
 from mlrl.loops.start import random_parameters
 from mlrl.models import pretrained
 from mlrl.models.transformer import Config, Transformer, initialize
@@ -47,7 +47,29 @@ puzzles.arithmetic.digits = 1
 offline.Experiment.task = @puzzles.arithmetic()
 offline.Experiment.rows_per_step = 8
 """
+ITERATED = """from __gin__ import dynamic_registration
+include 'gin/methods/{method}.gin'
+from mlrl.loops import iterated
+from mlrl.models import transformer
+from mlrl.rewards import graph
+from mlrl.rollouts import single_turn
+from mlrl.tasks import puzzles
+puzzles.arithmetic.digits = 1
+single_turn.single_turn.max_completion_tokens = 3
+iterated.Experiment.task = @puzzles.arithmetic()
+iterated.Experiment.reward_fn = @graph.random()
+iterated.Experiment.prompts_per_round = 8
+iterated.Experiment.prompts_per_step = 4
+iterated.Experiment.group_size = 4
+iterated.Experiment.rows_per_step = 16
+"""
 TEACHER = "from mlrl.loops import start\nTEACHER = @start.random_parameters\n"
+TINY = {
+    "online": dict(prompts_per_step=2, group_size=2, minibatches=1),
+    "offline": dict(rows_per_step=4, minibatches=1),
+    "iterated": dict(prompts_per_round=4, prompts_per_step=2, group_size=2, rows_per_step=4,
+                     select_fn=selection.keep_all),  # a random model is hardly ever right
+}  # fmt: skip
 SMALL = dict(width=16, layers=1, heads=2, kv_heads=1, head_width=8, mlp_width=24)
 SHAPE = "".join(f"transformer.Config.{name} = {value}\n" for name, value in SMALL.items())
 
@@ -85,10 +107,10 @@ def prepared(path, overrides=None, **changes):
 
 
 def one_step(experiment, loop, folder):
-    """The metrics of the first step of a real run."""
-    experiment = dataclasses.replace(
-        experiment, num_steps=1, recording=runs.Recording(save_every_steps=0, samples_rows=1)
-    )
+    """The metrics of the first step, or round, of a real run."""
+    length = "num_rounds" if hasattr(experiment, "num_rounds") else "num_steps"
+    recording = runs.Recording(save_every_steps=0, samples_rows=1)
+    experiment = dataclasses.replace(experiment, recording=recording, **{length: 1})
     with runs.Run(folder, experiment.recording) as run:
         state = loop.train(experiment, run)
     assert int(state.step) == 1 and int(state.bad_updates) == 0
@@ -106,20 +128,20 @@ def test_an_experiment_is_wholly_used(path, tmp_path):
 def test_an_experiment_runs_a_tiny_step(path, tmp_path):
     """Its own task, rewards and method, with a smaller model, fewer rows, random first weights and no evaluations."""
     experiment, loop = prepared(path, overrides_for(path, tmp_path / "weights"))
-    sizes = {"prompts_per_step": 2, "group_size": 2} if hasattr(experiment, "group_size") else {"rows_per_step": 4}
     tiny = dataclasses.replace(
-        experiment, model=dataclasses.replace(experiment.model, **SMALL), start=random_parameters, minibatches=1,
-        micro_batch_rows=0, evaluations=(), **sizes,
+        experiment, model=dataclasses.replace(experiment.model, **SMALL), start=random_parameters, evaluations=(),
+        micro_batch_rows=0, **TINY[loop.__name__.rpartition(".")[-1]],
     )  # fmt: skip
     one_step(tiny, loop, tmp_path / "run")
 
 
 def compose(method, folder):
     """A gin file of a method and a tiny task."""
-    includes = (REPO / "gin" / "methods" / f"{method}.gin").read_text()
-    body = OFFLINE if "gin/loops/offline.gin" in includes else ONLINE
+    text = (REPO / "gin" / "methods" / f"{method}.gin").read_text()
+    bodies = {"gin/loops/offline.gin": OFFLINE, "gin/loops/iterated.gin": ITERATED, "iterated.Experiment": ITERATED}
+    body = next((body for words, body in bodies.items() if words in text), ONLINE)
     path = folder / f"{method}.gin"
-    teacher = TEACHER if "TEACHER = %gin.REQUIRED" in includes else ""
+    teacher = TEACHER if "TEACHER = %gin.REQUIRED" in text else ""
     path.write_text(body.format(method=method) + SHAPE + teacher)
     return path
 

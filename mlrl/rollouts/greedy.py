@@ -34,7 +34,7 @@ def with_greedy_row(
     Args:
       prompts: [N,P].
       vocabulary, sampling, group_size, policy_version: given by the loop.
-      rollout_fn: makes the rows; all of its rows have N * group_size order and role 0.
+      rollout_fn: makes the rows of one kind: the groups in order, all of role 0.
     Returns: Rollout with B = N * group_size rows, the groups in order.
     """
     given = dict(vocabulary=vocabulary, policy_version=policy_version)

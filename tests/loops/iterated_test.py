@@ -79,22 +79,27 @@ def test_a_restarted_round_learns_from_the_start_what_the_last_model_said(tmp_pa
     assert metrics["optimizer_steps"] == 1 and rows.mask.shape[0] == 64
     worlds.assert_same(first.replace(reference=()), first.replace(params=after.reference, reference=()))
     assert differ(before.params, first.params)
-    said = lambda params: scoring.score(parts.model, params, rows.rollout).log_probs  # noqa: E731
-    mask = rows.rollout.action_mask
+    mask, said = rows.rollout.action_mask, jax.jit(lambda p: scoring.score(parts.model, p, rows.rollout).log_probs)
     np.testing.assert_allclose(np.where(mask, said(before.params), 0), rows.rollout.behavior_log_probs, atol=1e-5)
 
     loss = lambda params: -jnp.sum(jnp.where(mask, said(params), 0.0)) / mask.sum()  # noqa: E731
     optimizer = parts.experiment.optimizer
-    steps, _ = optimizer.update(jax.grad(loss)(first.params), optimizer.init(first.params), first.params)
-    by_hand = optax.apply_updates(first.params, steps)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), after.params, by_hand)
+
+    @jax.jit
+    def by_hand(params):
+        steps, _ = optimizer.update(jax.grad(loss)(params), optimizer.init(params), params)
+        return optax.apply_updates(params, steps)
+
+    close = functools.partial(np.testing.assert_allclose, atol=2e-5)
+    jax.tree.map(close, after.params, by_hand(first.params))
 
 
 def test_a_round_that_selects_nothing_leaves_the_model_as_it_was(tmp_path):
     nobody = lambda batch: jnp.zeros_like(batch.rewards.scored)  # noqa: E731
     _, ((before, after, metrics, _),) = play(tmp_path, 1, select_fn=nobody, begin_round=rounds.restart)
-    worlds.assert_same(before.replace(step=after.step), after)
+    worlds.assert_same(before.replace(step=after.step, reward=after.reward), after)
     assert int(after.step) == 1 and metrics["selection/rows"] == 0 and "loss" not in metrics
+    assert int(after.reward[1]) == 2, "the reward's state goes from chunk to chunk"
 
 
 def test_a_moved_reference_is_the_policy_that_sampled_the_round(tmp_path):
