@@ -14,8 +14,8 @@ BLOCKS = (
     ("the surface", "__init__"),
     ("types", "types"),
     ("arithmetic", "reductions divergences controllers importance groups returns advantages selection metrics "
-                   "monitoring losses"),
-    ("data", "tokenizer_files vocabularies tasks prompts curricula data"),
+                   "monitoring batches losses"),
+    ("data", "tokenizer_files vocabularies tasks prompts stored curricula data"),
     ("models", "models scoring"),
     ("rollout", "sampling generation rollouts environments"),
     ("rewards", "rewards"),

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from mlrl import meshes, reductions, updates
+from mlrl import batches, meshes, reductions, updates
 from mlrl.losses import policy, regularizers, supervised
 from mlrl.models.transformer import Config, Transformer, initialize
 from mlrl.optimizers import adamw
@@ -37,7 +37,7 @@ def batch(seed=0):
         truncated=jnp.zeros(B, bool), policy_version=jnp.zeros(B, jnp.int32),
     )  # fmt: skip
     rewards = Rewards(jnp.zeros((B, L)), jnp.zeros(B), jnp.asarray([True] * 6 + [False, True]), {})
-    made = updates.unannotated(rollout.check(), rewards.check())
+    made = batches.unannotated(rollout.check(), rewards.check())
     return made.replace(
         old_log_probs=rollout.behavior_log_probs,
         reference_log_probs=rollout.behavior_log_probs - 0.1,
