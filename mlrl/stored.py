@@ -41,9 +41,9 @@ def ratings(task: Task, key: Array, step: Array | int, rows: int, weights: Array
 
 
 def labelled_steps(task: Task, key: Array, step: Array | int, rows: int, weights: Array) -> Batch:
-    """As `candidates`, for process reward models: the mask is on the labelled tokens alone, and rewards.tokens holds
+    """As `candidates`, for process reward models: mask on the labelled tokens alone, labels in rewards.tokens.
 
-    the labels. A candidate with labels needs no outcome.
+    A candidate with labels needs no outcome.
     """
     batch, labels = _of_candidates(task, key, step, rows, weights)
     known = ~jnp.isnan(labels)

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mlrl import prompts as prompts_lib
@@ -62,15 +63,15 @@ def model_for(config: Config, vocabulary: Vocabulary) -> Transformer:
     return Transformer(dataclasses.replace(config, vocabulary_size=size))
 
 
-def rows_divide(experiment: Any, rows: int) -> None:
-    """The rows of a step divide into minibatches, micro-batches and devices."""
+def rows_divide(experiment: Any, rows: int, unit_rows: int = 1) -> None:
+    """The rows of a step divide into minibatches, micro-batches and devices, in whole groups of `unit_rows`."""
     for name in ("num_steps", "minibatches", "epochs", "prompts_per_step", "rows_per_step", "group_size"):
         if not isinstance(getattr(experiment, name, 1), int):
             raise Refused(f"Experiment.{name} must be a whole number, got {getattr(experiment, name)!r}")
         if getattr(experiment, name, 1) < 1:
             raise Refused(f"Experiment.{name} must be at least 1, got {getattr(experiment, name)}")
     require_whole("Experiment", "seed", experiment.seed, 0)
-    check_division(rows, experiment.minibatches, experiment.micro_batch_rows)
+    check_division(rows, experiment.minibatches, experiment.micro_batch_rows, unit_rows)
     devices = experiment.mesh().size
     pieces = {"prompts or rows a step": getattr(experiment, "prompts_per_step", rows),
               "rows of a minibatch": rows // experiment.minibatches,
@@ -134,12 +135,36 @@ def refill_fits(experiment: Any, reward_in_graph: bool) -> None:
                       "on the host with completions.per_completion")  # fmt: skip
 
 
-def stored_rows_suffice(reads: set[str] | frozenset[str]) -> None:
-    """The offline loop knows tokens and, if asked, the reference; what nobody computed must not be read."""
-    missing = sorted({"Batch.old_log_probs", "Batch.advantages", "Batch.returns", "Batch.values"} & reads)
+def stored_rows_suffice(reads: set[str] | frozenset[str], old_log_probs: Callable) -> None:
+    """Stored rows have no advantages until an advantage function makes them, and no log-probs of a sampler."""
+    missing = sorted({"Batch.advantages", "Batch.returns"} & reads)
     if missing:
-        raise Refused(f"a loss reads {missing[0]}, which stored rows do not have: choose another loss, or the "
-                      "online loop")  # fmt: skip
+        raise Refused(f"a loss reads {missing[0]}, which stored rows do not have: set Experiment.advantage_fn (for "
+                      "kto, @advantages.kto), choose another loss, or the online loop")  # fmt: skip
+    if "Batch.old_log_probs" in reads and inspect.unwrap(old_log_probs) is scoring.sampler_log_probs:
+        raise Refused("Batch.old_log_probs is read, and nobody sampled stored rows: set Experiment.old_log_probs = "
+                      "@scoring.recomputed_log_probs")  # fmt: skip
+
+
+def compares_rows(losses: Sequence[LossFn], batch: Batch, vocabulary_size: int) -> bool:
+    """Whether a loss looks at which rows share a group, as preference losses and reward models do."""
+    return "Batch.rollout.group" in what_is_read(losses, (), batch, vocabulary_size)
+
+
+def rows_of_a_group(group: np.ndarray) -> int:
+    """How many rows share a group, side by side and as many in each. Raises Refused, if they do not."""
+    size = int(np.argmax(group != group[0])) or len(group)
+    starts = group[::size]
+    if len(group) % size or (group != starts.repeat(size)).any() or len(set(starts.tolist())) < len(starts):
+        raise Refused("a loss compares the rows of a group, but Experiment.rows_fn mixes them: it must put the rows of "
+                      "a group side by side, as many in each, as stored.candidates does")  # fmt: skip
+    return size
+
+
+def groups_are_compared(group_size: int, remedy: str) -> None:
+    """A loss that compares the rows of a group has nothing to learn from a group of one."""
+    if group_size < 2:
+        raise Refused(f"a loss compares the rows of a group, but every group has one row: {remedy}")
 
 
 def groups_teach(advantage_fn: Callable[[Batch], Any], batch: Batch, group_size: int) -> None:

@@ -114,6 +114,7 @@ class Parts:
     reference_model: Transformer
     reward: RewardFn
     reads: frozenset[str]  # the fields that losses, advantage and selection look at: nothing else is computed
+    unit_rows: int = 1  # of a group that a loss compares
 
     def stateful(self) -> dict[str, Any]:
         """First states of the curriculum and the reward."""
@@ -152,6 +153,10 @@ def prepare(experiment: Experiment) -> Parts:
     checks.compatible(experiment.model, reads)
     checks.one_kl(losses, advantage_fn, batch)
     checks.groups_teach(advantage_fn, batch, experiment.group_size)
+    if checks.compares_rows(losses, batch, model.config.vocabulary_size):
+        checks.groups_are_compared(experiment.group_size, "set Experiment.group_size to 2 or more")
+        parts = dataclasses.replace(parts, unit_rows=experiment.group_size)
+        checks.rows_divide(experiment, experiment.prompts_per_step * experiment.group_size, parts.unit_rows)
     checks.sampling_fits(experiment.sampling, experiment.old_log_probs, reads)
     checks.refill_fits(experiment, parts.reward.in_graph)
     jax.eval_shape(functools.partial(learn, parts), abstract_state(parts), prompts, rollout, rewards)
@@ -267,7 +272,7 @@ def learn(parts: Parts, state: TrainState, prompts: Prompts, rollout: Rollout,
         state, batch, stages.step_key(state, 1),
         score_fn=lambda params, rows: score_rows(parts.model, params, rows, with_logits=with_logits), losses=losses,
         reduction=experiment.reduction, optimizer=experiment.optimizer, minibatches=experiment.minibatches,
-        epochs=experiment.epochs, micro_batch_rows=experiment.micro_batch_rows,
+        epochs=experiment.epochs, micro_batch_rows=experiment.micro_batch_rows, unit_rows=parts.unit_rows,
     )  # fmt: skip
     metrics |= step_metrics(batch) | reference_metrics(batch, parts.reads) | controllers.as_metrics(state.controllers)
     rows = prompts_lib.repeat(prompts, experiment.group_size)

@@ -77,12 +77,28 @@ def table(
             kept.append({**example, "task": name})
             prompts.append(prompt)
             targets.append(target)
-    dropped = f"{len(examples) - len(kept)} of {len(examples)} examples are longer than the limits"
+    return from_ids(kept, prompts, targets, vocabulary, name=name, read=len(examples), limits=(
+        max_prompt_tokens, max_target_tokens))  # fmt: skip
+
+
+def from_ids(
+    kept: Sequence[Mapping[str, Any]], prompts: Sequence[list[int]], targets: Sequence[list[int]],
+    vocabulary: Vocabulary, *, name: str, read: int, limits: tuple[int, int],
+) -> Task:  # fmt: skip
+    """A task of examples whose prompts and targets are encoded already; see `table`.
+
+    Args:
+      kept: the examples.
+      prompts, targets: token ids of each.
+      read: how many examples there were before some were dropped.
+      limits: (max_prompt_tokens, max_target_tokens), for the message that says so.
+    """
+    dropped = f"{read - len(kept)} of {read} examples are longer than the limits"
     if not kept:
-        raise Refused(f"{name} has no examples" + f": {dropped}" * bool(examples))
-    if len(kept) < len(examples):
+        raise Refused(f"{name} has no examples" + f": {dropped}" * bool(read))
+    if len(kept) < read:
         logging.getLogger("mlrl").warning("%s: dropped, %s (max_prompt_tokens=%d, max_target_tokens=%d)",
-                                          name, dropped, max_prompt_tokens, max_target_tokens)  # fmt: skip
+                                          name, dropped, *limits)  # fmt: skip
     prompt_tokens, prompt_valid = padded(prompts, vocabulary.pad_id, left=True)
     target_tokens, target_valid = padded(targets, vocabulary.pad_id, left=False)
 
