@@ -180,7 +180,7 @@ class Run:
     def _evaluated(self, state: TrainState, step: int) -> Results:
         if not self._evaluate.due(step, self._num_steps):
             return {}
-        results = self._evaluate(state.params, step, self._num_steps)
+        results = self._evaluate(state.params, step, self._num_steps, state.reference)
         write_results(self.folder, step, results)
         return results
 
@@ -264,7 +264,9 @@ def evaluate_run(folder: str | pathlib.Path, experiment: Any, loop: Any, *, task
     if checkpoints.latest_step(folder / "checkpoints") is None:
         raise Refused(f"{folder} has no complete checkpoint: train it first, or name another run folder")
     changed = {name: value for name, value in (("prompts", prompts), ("samples", samples)) if value}
-    evaluations = tuple(dataclasses.replace(e, **changed) for e in experiment.evaluations if task in ("", e.task.name))
+    known_by = lambda e: {name: value for name, value in changed.items() if hasattr(e, name)}  # noqa: E731
+    chosen = [e for e in experiment.evaluations if task in ("", e.task.name)]
+    evaluations = tuple(dataclasses.replace(e, **known_by(e)) for e in chosen)
     if not evaluations:
         known = ", ".join(e.task.name for e in experiment.evaluations)
         raise Refused(f"{folder}/config.gin has no evaluation of the task {task!r}: it has {known}")
@@ -278,6 +280,7 @@ def evaluate_run(folder: str | pathlib.Path, experiment: Any, loop: Any, *, task
         state = checkpoints.restore(manager, placed)
         checkpoints.close(manager)
         step = int(state.step)
-        results = evaluator(evaluations, parts.model, experiment.rollout_fn)(state.params, step, step)
+        evaluate = evaluator(evaluations, parts.model, experiment.rollout_fn, parts.reference_model)
+        results = evaluate(state.params, step, step, state.reference)
     write_results(folder, step, results)
     return results

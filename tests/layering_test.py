@@ -20,7 +20,7 @@ BLOCKS = (
     ("rollout", "sampling generation rollouts environments"),
     ("rewards", "rewards"),
     ("learning", "meshes optimizers updates"),
-    ("IO", "folders checkpoints writers evaluation report runs"),
+    ("IO", "folders checkpoints writers evaluation evaluation_stored report runs"),
     ("loops", "loops"),
     ("the door", "main __main__"),
 )

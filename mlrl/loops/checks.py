@@ -15,7 +15,8 @@ import optax
 
 from mlrl import prompts as prompts_lib
 from mlrl import scoring
-from mlrl.evaluation import Evaluation, completions
+from mlrl.evaluation import AnyEvaluation, completions
+from mlrl.evaluation_stored import StoredEvaluation
 from mlrl.models.transformer import Config, Transformer
 from mlrl.rewards.completions import name_of
 from mlrl.rewards.lifting import lift
@@ -194,14 +195,29 @@ def sampling_fits(sampling: Sampling, old_log_probs: Callable, reads: set[str] |
         raise Refused("Sampling.temperature is 0.0 (greedy), so all completions of a group are alike: set it above 0")
 
 
-def evaluations_work(evaluations: Sequence[Evaluation]) -> None:
-    """Tries the reward of every evaluation on real prompts."""
+def evaluations_work(evaluations: Sequence[AnyEvaluation]) -> None:
+    """Tries the reward of every evaluation on real prompts, or looks at the stored completions that it judges."""
     names = [evaluation.task.name for evaluation in evaluations]
     if len(set(names)) < len(names):
         raise Refused(f"two evaluations have tasks of the same name, and results go by name: {sorted(names)}")
     for evaluation in evaluations:
         prompts_lib.first(evaluation.task, evaluation.prompts)
-        rewards_work(lift(evaluation.reward_fn), evaluation.task)
+        if isinstance(evaluation, StoredEvaluation):
+            evaluation.require_candidates()
+        else:
+            rewards_work(lift(evaluation.reward_fn), evaluation.task)
+
+
+def judges_have_models(experiment: Any, batch: Batch, reads: set[str] | frozenset[str]) -> None:
+    """Evaluations of stored completions need the value head or the reference that their judge reads."""
+    for evaluation in experiment.evaluations:
+        if not isinstance(evaluation, StoredEvaluation):
+            continue
+        asked = evaluation.reads(batch)
+        compatible(experiment.model, asked)
+        if "Batch.reference_log_probs" in asked and "Batch.reference_log_probs" not in reads:
+            raise Refused(f"the evaluation of {evaluation.task.name!r} reads the reference, which is kept only if a "
+                          "loss reads it: choose a reward_fn without it, as preference.likelihood_reward")  # fmt: skip
 
 
 def rewards_work(reward: RewardFn, task: Task, *, rows: int = 2) -> None:

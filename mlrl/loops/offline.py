@@ -15,7 +15,7 @@ import optax
 
 from mlrl import controllers, meshes, optimizers, reductions, runs, scoring, stored
 from mlrl.controllers import Controlled
-from mlrl.evaluation import Evaluation, Results, evaluator
+from mlrl.evaluation import AnyEvaluation, Results, evaluator
 from mlrl.loops import checks, stages
 from mlrl.loops import describe as describe_
 from mlrl.loops.start import Reference, StartFn, own_start, random_parameters
@@ -93,7 +93,7 @@ class Experiment:
     reference: Reference = own_start()
     reference_tokens: int = 0
     stop: Callable[[Results], bool] = never
-    evaluations: tuple[Evaluation, ...] = ()
+    evaluations: tuple[AnyEvaluation, ...] = ()
     rollout_fn: RolloutFn = single_turn
     mesh: Callable[[], jax.sharding.Mesh] = meshes.data_mesh
     recording: runs.Recording = runs.Recording()
@@ -120,7 +120,7 @@ def train(experiment: Experiment, run: runs.Run) -> TrainState:
     parts = prepare(experiment)
     with meshes.use(experiment.mesh()) as mesh:
         state = run.restore_or(abstract_state(parts), lambda: initial_state(parts), meshes.replicated(mesh))
-        evaluate = evaluator(experiment.evaluations, parts.model, experiment.rollout_fn)
+        evaluate = evaluator(experiment.evaluations, parts.model, experiment.rollout_fn, parts.reference_model)
         next_rows, take_step = row_source(parts), jax.jit(functools.partial(learn, parts), donate_argnums=0)
         if experiment.stop(run.begin(experiment.task, experiment.num_steps, evaluate, state)):
             return state
@@ -149,6 +149,7 @@ def prepare(experiment: Experiment) -> Parts:
     checks.stored_rows_suffice(reads, experiment.old_log_probs)
     parts = dataclasses.replace(parts, reads=frozenset(reads), unit_rows=_unit_rows(parts, losses, batch))
     checks.evaluations_work(experiment.evaluations)
+    checks.judges_have_models(experiment, batch, reads)
     experiment.stop({})
     jax.eval_shape(functools.partial(learn, parts), abstract_state(parts), batch)
     return parts

@@ -15,7 +15,7 @@ from mlrl import advantages, controllers, curricula, meshes, optimizers, reducti
 from mlrl import prompts as prompts_lib
 from mlrl.batches import unannotated
 from mlrl.controllers import Controlled
-from mlrl.evaluation import Evaluation, evaluator
+from mlrl.evaluation import AnyEvaluation, evaluator
 from mlrl.loops import checks, refill, stages
 from mlrl.loops import describe as describe_
 from mlrl.loops.start import Reference, StartFn, own_start, random_parameters
@@ -99,7 +99,7 @@ class Experiment:
     start: StartFn = random_parameters
     reference: Reference = own_start()
     reference_tokens: int = 0
-    evaluations: tuple[Evaluation, ...] = ()
+    evaluations: tuple[AnyEvaluation, ...] = ()
     mesh: Callable[[], jax.sharding.Mesh] = meshes.data_mesh
     recording: runs.Recording = runs.Recording()
     seed: int = 0
@@ -126,7 +126,7 @@ def train(experiment: Experiment, run: runs.Run) -> TrainState:
     parts = prepare(experiment)
     with meshes.use(experiment.mesh()) as mesh:
         state = run.restore_or(abstract_state(parts), lambda: initial_state(parts), meshes.replicated(mesh))
-        evaluate = evaluator(experiment.evaluations, parts.model, experiment.rollout_fn)
+        evaluate = evaluator(experiment.evaluations, parts.model, experiment.rollout_fn, parts.reference_model)
         next_prompts, take_step = prompt_source(parts), step_function(parts, run)
         run.begin(experiment.task, experiment.num_steps, evaluate, state)
         for step in range(int(state.step), experiment.num_steps):
@@ -151,6 +151,7 @@ def prepare(experiment: Experiment) -> Parts:
     reads = checks.what_is_read(losses, (advantage_fn, experiment.select_fn), batch, model.config.vocabulary_size)
     parts = dataclasses.replace(parts, reads=frozenset(reads | _asked_of_models(parts, prompts, rollout)))
     checks.compatible(experiment.model, reads)
+    checks.judges_have_models(experiment, batch, parts.reads)
     checks.one_kl(losses, advantage_fn, batch)
     checks.groups_teach(advantage_fn, batch, experiment.group_size)
     if checks.compares_rows(losses, batch, model.config.vocabulary_size):

@@ -188,11 +188,11 @@ def _stacked(stored: Sequence[Sequence[_Completion]], pad_id: int) -> Callable[[
     return candidates
 
 
-def _rows(path: pathlib.Path) -> list[tuple[int, Mapping[str, Any]]]:
+def _rows(path: pathlib.Path) -> Sequence[tuple[int, Mapping[str, Any]]]:
     """The rows of a file and their numbers from 1."""
     if path.name.removesuffix(".gz").endswith(".json"):
         return list(enumerate(_json_list(path), 1))
-    return list(enumerate(tables.read_jsonl(path), 1))
+    return tables.numbered_jsonl(path)
 
 
 def _json_list(path: pathlib.Path) -> list[Mapping[str, Any]]:

@@ -123,6 +123,11 @@ def read_jsonl(path: str | pathlib.Path, keys: Sequence[str] = ()) -> list[dict[
 
     Raises: Refused, naming the file and the row (from 1), if it is missing, empty or malformed, or lacks a key.
     """
+    return [row for _, row in numbered_jsonl(path, keys)]
+
+
+def numbered_jsonl(path: str | pathlib.Path, keys: Sequence[str] = ()) -> list[tuple[int, dict[str, Any]]]:
+    """As `read_jsonl`, with the number of each row's line, from 1."""
     path = pathlib.Path(path)
     if not path.is_file():
         raise Refused(f"there is no file {path}")
@@ -131,7 +136,7 @@ def read_jsonl(path: str | pathlib.Path, keys: Sequence[str] = ()) -> list[dict[
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    rows.append(_parsed_row(line, f"{path}, row {number}", keys))
+                    rows.append((number, _parsed_row(line, f"{path}, row {number}", keys)))
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise Refused(f"{path} cannot be read: {error}") from error
     if not rows:
