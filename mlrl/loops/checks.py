@@ -20,7 +20,7 @@ from mlrl.evaluation_stored import StoredEvaluation
 from mlrl.models.transformer import Config, Transformer
 from mlrl.rewards.completions import name_of
 from mlrl.rewards.lifting import lift
-from mlrl.sampling import Sampling
+from mlrl.sampling import GREEDY, Sampling
 from mlrl.types import (
     Batch,
     CurriculumFn,
@@ -206,6 +206,19 @@ def evaluations_work(evaluations: Sequence[AnyEvaluation]) -> None:
             evaluation.require_candidates()
         else:
             rewards_work(lift(evaluation.reward_fn), evaluation.task)
+
+
+def evaluations_sample(experiment: Any, model: Transformer, params: Any) -> None:
+    """Traces the sampler of every evaluation, where the step itself samples nothing; compiles nothing."""
+    for evaluation in experiment.evaluations:
+        if not isinstance(evaluation, StoredEvaluation):
+            task = evaluation.task
+            jax.eval_shape(
+                lambda params, task=task: experiment.rollout_fn(
+                    model, params, prompts_lib.first(task, 1), jax.random.key(0), vocabulary=task.vocabulary,
+                    sampling=GREEDY, group_size=1,
+                ).check(), params,
+            )  # fmt: skip
 
 
 def judges_have_models(experiment: Any, batch: Batch, reads: set[str] | frozenset[str]) -> None:

@@ -151,7 +151,9 @@ def prepare(experiment: Experiment) -> Parts:
     checks.evaluations_work(experiment.evaluations)
     checks.judges_have_models(experiment, batch, reads)
     experiment.stop({})
-    jax.eval_shape(functools.partial(learn, parts), abstract_state(parts), batch)
+    state = abstract_state(parts)
+    checks.evaluations_sample(experiment, model, state.params)
+    jax.eval_shape(functools.partial(learn, parts), state, batch)
     return parts
 
 
