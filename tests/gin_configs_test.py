@@ -19,8 +19,12 @@ DATA = REPO.parent / "shared" / "data"
 EXPERIMENTS = sorted(path.relative_to(REPO).as_posix() for path in REPO.glob("experiments/**/*.gin"))
 METHODS = sorted(path.stem for path in REPO.glob("gin/methods/*.gin"))
 FILES = sorted(path.relative_to(REPO).as_posix() for path in REPO.glob("gin/**/*.gin")) + EXPERIMENTS
-LOADED_QUICKLY = {"experiments/quickstart/grpo.gin", "experiments/quickstart/random_reward.gin"}
-RUN_QUICKLY = {"experiments/quickstart/grpo.gin", "ppo_shared"}  # make test-all runs them all
+LOADED_QUICKLY = {f"experiments/{name}.gin" for name in
+                  ("quickstart/grpo", "quickstart/random_reward", "preferences/dpo", "preferences/reward_model")}
+# make test-all runs them all
+RUN_QUICKLY = {"experiments/quickstart/grpo.gin", "experiments/preferences/dpo.gin", "ppo_shared", "kto"}
+
+WITH_VALUES = {"ppo", "ppo_shared", "reward_model", "process_reward_model"}
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
@@ -40,9 +44,11 @@ OFFLINE = """from __gin__ import dynamic_registration
 include 'gin/methods/{method}.gin'
 from mlrl.loops import offline
 from mlrl.models import transformer
+from mlrl.tasks import pairs
 from mlrl.tasks import puzzles
 puzzles.arithmetic.digits = 1
-offline.Experiment.task = @puzzles.arithmetic()
+pairs.against_corrupted.task = @puzzles.arithmetic()
+offline.Experiment.task = @pairs.against_corrupted()
 offline.Experiment.rows_per_step = 8
 """
 SMALL = dict(width=16, layers=1, heads=2, kv_heads=1, head_width=8, mlp_width=24)
@@ -115,7 +121,7 @@ def compose(method, folder):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_is_wholly_used(method, tmp_path):
     experiment, _ = prepared(compose(method, tmp_path))
-    assert experiment.model == Config(**SMALL, value_head=method.startswith("ppo"))
+    assert experiment.model == Config(**SMALL, value_head=method in WITH_VALUES)
 
 
 @pytest.mark.parametrize("method", [method if method in RUN_QUICKLY else slow(method) for method in METHODS])

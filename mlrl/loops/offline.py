@@ -162,14 +162,18 @@ def _unit_rows(parts: Parts, losses: tuple[LossFn, ...], batch: Batch) -> int:
     experiment = parts.experiment
     if not checks.compares_rows(losses, batch, parts.model.config.vocabulary_size):
         return 1
-    group = batch.rollout.group
-    if experiment.task.in_graph:  # only its shape is known
-        group = computed_alone(lambda: _rows(parts, jax.random.key(0), 0).rollout.group)
-    size = checks.rows_of_a_group(np.asarray(group))
+    size = checks.rows_of_a_group(_groups(parts, batch))
     checks.groups_are_compared(size, "set Experiment.rows_fn = @stored.candidates and a task with pairs, such as "
                                      "preferences.read or pairs.against_corrupted")  # fmt: skip
     checks.rows_divide(experiment, experiment.rows_per_step, size)
     return size
+
+
+def _groups(parts: Parts, batch: Batch) -> np.ndarray:
+    """The group of each row of a step; of a task in the graph, without computing the rows."""
+    if parts.experiment.task.in_graph:
+        return np.asarray(computed_alone(lambda: _rows(parts, jax.random.key(0), 0).rollout.group))
+    return np.asarray(batch.rollout.group)
 
 
 def row_source(parts: Parts) -> Callable[[TrainState, int], Batch]:
@@ -247,13 +251,16 @@ def warm_start(*, experiment: Experiment) -> StartFn:
 def describe(parts: Parts) -> str:
     """What a step and a run are, in words; compiles nothing."""
     experiment, task = parts.experiment, parts.experiment.task
-    rows, columns = _abstract_rows(parts).rollout.tokens.shape
+    batch = _abstract_rows(parts)
+    rows, columns = batch.rollout.tokens.shape
+    prompts = len(np.unique(_groups(parts, batch)))
     state = abstract_state(parts)
     return describe_.table({
         "task": f"{task.name}: {', '.join(task.sources)}",
-        "a step": [f"{rows} stored rows of {columns} columns", describe_.the_update(experiment, rows)],
+        "a step": [f"{rows} stored rows of {columns} columns" + f", {prompts} prompts" * (prompts < rows),
+                   describe_.the_update(experiment, rows)],
         "a run": f"{experiment.num_steps:,} steps, {experiment.num_steps * rows:,} rows, about "
-                 f"{experiment.num_steps * rows / sum(task.sizes):.2f} epochs of {sum(task.sizes):,} prompts",
+                 f"{experiment.num_steps * prompts / sum(task.sizes):.2f} epochs of {sum(task.sizes):,} prompts",
         "model": describe_.the_model(parts.model.config, state),
         "memory": describe_.the_memory(
             parts.model.config, state, rows=0, columns=columns, scored=columns,
