@@ -18,6 +18,7 @@ import numpy as np
 import optax
 
 from benchmarks import decode_baseline, update_baseline
+from mlrl.batches import unannotated
 from mlrl.generation import generate
 from mlrl.losses.policy import ppo_clip
 from mlrl.models.transformer import Config, Transformer, initialize
@@ -25,7 +26,7 @@ from mlrl.optimizers import adamw
 from mlrl.reductions import token_mean
 from mlrl.scoring import score
 from mlrl.types import Prompts, TrainState
-from mlrl.updates import unannotated, update
+from mlrl.updates import update
 
 HERE = pathlib.Path(__file__).resolve().parent
 CONFIG = Config(vocabulary_size=128)  # d128 x 2 layers, 4 heads over 2 key/value heads

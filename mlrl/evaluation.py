@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
 from mlrl import metrics, prompts
-from mlrl.models.transformer import Transformer
+from mlrl.models.transformer import Config, Transformer
 from mlrl.rewards.lifting import lift
 from mlrl.sampling import GREEDY, Sampling
 from mlrl.types import (
@@ -60,25 +60,63 @@ class Evaluation:
 
     def due(self, step: int, last_step: int) -> bool:
         """Whether this is measured after `step` steps of a run that ends at `last_step`."""
-        return step in (0, last_step) or (self.every_steps > 0 and step % self.every_steps == 0)
+        return due(self.every_steps, step, last_step)
+
+    def measure(self, models: Measured) -> Callable[[Params, Params], Results]:
+        """(params, reference's) -> results; samplers are compiled at their first use, and once."""
+        measured = _measure(self, models.model, models.rollout_fn)
+        return lambda params, reference: measured(params)
+
+    def words(self) -> str:
+        """What is measured."""
+        return "greedy" + (f" and {self.samples} samples each" if self.samples else "")
+
+
+class Measured(NamedTuple):
+    """What evaluations look at: the policy's model, how it samples, and the model of the frozen reference."""
+
+    model: Transformer
+    rollout_fn: RolloutFn
+    reference_model: Transformer
+
+
+class AnyEvaluation(Protocol):
+    """What every kind of evaluation has: `Evaluation` is of sampled completions, others of stored ones."""
+
+    task: Task
+    prompts: int
+    every_steps: int
+
+    def due(self, step: int, last_step: int) -> bool: ...
+
+    def measure(self, models: Measured) -> Callable[[Params, Params], Results]: ...
+
+    def words(self) -> str: ...
+
+
+def due(every_steps: int, step: int, last_step: int) -> bool:
+    """Before, after, and every so many steps; 0: before and after only."""
+    return step in (0, last_step) or (every_steps > 0 and step % every_steps == 0)
 
 
 class Evaluator(NamedTuple):
-    """(params, step, last_step) -> results of what is due; `due` says whether anything is."""
+    """(params, step, last_step, the reference's params) -> results of what is due; `due` says whether anything is."""
 
-    evaluate: Callable[[Params, int, int], Results]
+    evaluate: Callable[[Params, int, int, Params], Results]
     due: Callable[[int, int], bool]
 
-    def __call__(self, params: Params, step: int, last_step: int) -> Results:
-        return self.evaluate(params, step, last_step)
+    def __call__(self, params: Params, step: int, last_step: int, reference: Params = ()) -> Results:
+        return self.evaluate(params, step, last_step, reference)
 
 
-def evaluator(evaluations: Sequence[Evaluation], model: Transformer, rollout_fn: RolloutFn) -> Evaluator:
-    """Binds evaluations to a model; samplers are compiled at their first use, and once."""
-    measures = [(evaluation, _measure(evaluation, model, rollout_fn)) for evaluation in evaluations]
+def evaluator(evaluations: Sequence[AnyEvaluation], model: Transformer, rollout_fn: RolloutFn,
+              reference_model: Transformer = Transformer(Config())) -> Evaluator:  # fmt: skip
+    """Binds evaluations to models. Only those that read the frozen reference need its model and parameters."""
+    models = Measured(model, rollout_fn, reference_model)
+    measures = [(evaluation, evaluation.measure(models)) for evaluation in evaluations]
 
-    def evaluate(params: Params, step: int, last_step: int) -> Results:
-        due = (measure(params) for e, measure in measures if e.due(step, last_step))
+    def evaluate(params: Params, step: int, last_step: int, reference: Params) -> Results:
+        due = (measure(params, reference) for e, measure in measures if e.due(step, last_step))
         return {name: found for results in due for name, found in results.items()}
 
     return Evaluator(evaluate, lambda step, last: any(e.due(step, last) for e in evaluations))
@@ -115,7 +153,7 @@ def _measure(evaluation: Evaluation, model: Transformer, rollout_fn: RolloutFn) 
         more = outcomes(sampled(params, batch, key), evaluation.samples) if evaluation.samples else ()
 
         def results(own: np.ndarray) -> dict[str, dict[str, float]]:
-            found = {"greedy": _interval(correct[own, 0])}
+            found = {"greedy": interval(correct[own, 0])}
             return found | (_sampled_results(more[0][own], more[1][own]) if more else {})
 
         sources = np.asarray(batch.source)
@@ -138,16 +176,16 @@ def _sampled_results(correct: np.ndarray, answers: np.ndarray) -> dict[str, dict
     """
     k, whole = correct.shape[1], ~np.isnan(correct).any(axis=1)
     right, answers = correct[whole] > 0.5, answers[whole]
-    results = {f"mean@{k}": _interval(right.mean(axis=1))}
+    results = {f"mean@{k}": interval(right.mean(axis=1))}
     j = 1
     while j <= k:
-        results[f"pass@{j}"] = _interval(metrics.pass_at_k(k, right.sum(axis=1), j))
+        results[f"pass@{j}"] = interval(metrics.pass_at_k(k, right.sum(axis=1), j))
         j *= 2
     votes = [metrics.majority_correct(list(a), list(r)) for a, r in zip(answers, right)]
-    return results | {f"maj@{k}": _interval(np.asarray(votes, float))}
+    return results | {f"maj@{k}": interval(np.asarray(votes, float))}
 
 
-def _interval(x: np.ndarray) -> dict[str, float]:
+def interval(x: np.ndarray) -> dict[str, float]:
     """Mean over prompts and its 95% interval: Wilson's for right-or-wrong, else normal. Unscored (NaN) is left out."""
     x = x[~np.isnan(x)]
     if x.size == 0:

@@ -32,7 +32,7 @@ def draw(task: Task, key: Array, step: Array | int, rows: int, weights: Array) -
     Returns: Prompts with N rows.
     Raises: Refused, if there is not one weight per source.
     """
-    source, index = _choose(task, key, step, rows, weights)
+    source, index = choose(task, key, step, rows, weights)
     return task.at(source, index)
 
 
@@ -45,22 +45,33 @@ def demonstrations(task: Task, key: Array, step: Array | int, rows: int, weights
       their behavior log-probs are NaN. A row is truncated if its target was cut before the EOS. A row
       without a demonstration has no actions.
     """
-    source, index = _choose(task, key, step, rows, weights)
-    prompts, (target, target_valid) = task.at(source, index), task.targets(source, index)
-    xp = jnp if task.in_graph else np
-    width = prompts.tokens.shape[1]
-    action_mask = xp.pad(target_valid, ((0, 0), (width, 0)))
-    last = xp.maximum(target_valid.sum(axis=1) - 1, 0)
-    last_token = xp.take_along_axis(target, last[:, None], axis=1)[:, 0]
+    source, index = choose(task, key, step, rows, weights)
+    return as_rows(task, task.at(source, index), *task.targets(source, index), np.arange(rows, dtype=np.int32))
+
+
+def as_rows(task: Task, prompts: Prompts, completions: Array, valid: Array, group: Array) -> Rollout:
+    """Rows of prompts [B,P] and stored completions [B,T] that nobody sampled. See `demonstrations`.
+
+    Args:
+      task: says whether arrays are JAX's or numpy's, and what an EOS is.
+      prompts: one per row.
+      completions: token ids, padded on the right.
+      valid: where they are not padding.
+      group: [B] ids in [0, B).
+    """
+    xp, rows = (jnp if task.in_graph else np), prompts.tokens.shape[0]
+    action_mask = xp.pad(valid, ((0, 0), (prompts.tokens.shape[1], 0)))
+    last = xp.maximum(valid.sum(axis=1) - 1, 0)
+    last_token = xp.take_along_axis(completions, last[:, None], axis=1)[:, 0]
     return Rollout(
-        tokens=xp.concatenate([prompts.tokens, target], axis=1),
-        valid=xp.concatenate([prompts.valid, target_valid], axis=1),
+        tokens=xp.concatenate([prompts.tokens, completions], axis=1),
+        valid=xp.concatenate([prompts.valid, valid], axis=1),
         action_mask=action_mask,
         behavior_log_probs=xp.where(action_mask, xp.float32(np.nan), xp.float32(0)),
         turn=xp.zeros(action_mask.shape, xp.int32),
         role=xp.zeros((rows,), xp.int32),
-        group=xp.arange(rows, dtype=xp.int32),
-        truncated=target_valid.any(axis=1) & (last_token != task.vocabulary.eos_ids[0]),
+        group=xp.asarray(group),
+        truncated=valid.any(axis=1) & (last_token != task.vocabulary.eos_ids[0]),
         policy_version=xp.zeros((rows,), xp.int32),
     )
 
@@ -138,8 +149,8 @@ def _mix(x: Array) -> Array:
     return x ^ (x >> 16)
 
 
-def _choose(task: Task, key: Array, step: Array | int, rows: int, weights: Array) -> tuple[Array, Array]:
-    """(source [N], index [N]) of a step; numpy arrays for a task outside of the graph."""
+def choose(task: Task, key: Array, step: Array | int, rows: int, weights: Array) -> tuple[Array, Array]:
+    """(source [N], index [N]) of a step, as `draw` takes them; numpy arrays for a task outside of the graph."""
     if np.shape(weights) != (len(task.sources),):
         raise Refused(f"{task.name} has {len(task.sources)} sources ({', '.join(task.sources)}): the sampling weights "
                       f"must be one number for each, got shape {list(np.shape(weights))}")  # fmt: skip

@@ -180,7 +180,7 @@ class Run:
     def _evaluated(self, state: TrainState, step: int) -> Results:
         if not self._evaluate.due(step, self._num_steps):
             return {}
-        results = self._evaluate(state.params, step, self._num_steps)
+        results = self._evaluate(state.params, step, self._num_steps, state.reference)
         write_results(self.folder, step, results)
         return results
 
@@ -278,7 +278,9 @@ def evaluate_run(folder: str | pathlib.Path, experiment: Any, loop: Any, *, task
         raise Refused(f"{folder}/config.gin names no evaluation: set Experiment.evaluations")
     require_checkpoint(folder)
     changed = {name: value for name, value in (("prompts", prompts), ("samples", samples)) if value}
-    evaluations = tuple(dataclasses.replace(e, **changed) for e in experiment.evaluations if task in ("", e.task.name))
+    known_by = lambda e: {name: value for name, value in changed.items() if hasattr(e, name)}  # noqa: E731
+    chosen = [e for e in experiment.evaluations if task in ("", e.task.name)]
+    evaluations = tuple(dataclasses.replace(e, **known_by(e)) for e in chosen)
     if not evaluations:
         known = ", ".join(e.task.name for e in experiment.evaluations)
         raise Refused(f"{folder}/config.gin has no evaluation of the task {task!r}: it has {known}")
@@ -286,6 +288,7 @@ def evaluate_run(folder: str | pathlib.Path, experiment: Any, loop: Any, *, task
     with meshes.use(experiment.mesh()) as mesh:
         state = last_state(folder, loop.abstract_state(parts), meshes.replicated(mesh))
         step = int(state.step)
-        results = evaluator(evaluations, parts.model, experiment.rollout_fn)(state.params, step, step)
+        evaluate = evaluator(evaluations, parts.model, experiment.rollout_fn, parts.reference_model)
+        results = evaluate(state.params, step, step, state.reference)
     write_results(folder, step, results)
     return results

@@ -265,6 +265,27 @@ class TrainState:
         return self
 
 
+class Candidates(NamedTuple):
+    """Stored completions of prompts, C to each, ending in the vocabulary's first EOS; no field of them was sampled.
+
+    tokens   [N,C,T] int32   token ids, padded on the right
+    valid    [N,C,T] bool    True where not padding
+    outcome  [N,C]   float32 how good each is: the higher is preferred; NaN where nobody said, or where there is none
+    labels   [N,C,T] float32 whether the step that ends before the token is right, 0 to 1; NaN elsewhere
+    """
+
+    tokens: Array
+    valid: Array
+    outcome: Array
+    labels: Array
+
+
+def no_candidates(source: Array, index: Array) -> Candidates:
+    """Raises Refused: the task has prompts, and demonstrations perhaps, but nothing to compare."""
+    raise Refused("the task has no stored completions that were compared, rated or labelled: name one that has, such "
+                  "as pairs.against_corrupted or preferences.read")  # fmt: skip
+
+
 class Vocabulary(Protocol):
     """Text to token ids and back. Plain Python, no TensorFlow."""
 
@@ -291,6 +312,9 @@ class Task:
 
     targets(source [N], index [N]) -> (tokens [N,T] int32, valid [N,T] bool): the demonstrations for supervised
     learning, padded on the right, ending in the vocabulary's first EOS. Same purity as `at`.
+
+    candidates(source [N], index [N]) -> Candidates: stored completions that were compared, rated or labelled, with the
+    same number C for every prompt. Same purity as `at`; a task without any refuses.
     """
 
     name: str
@@ -302,6 +326,7 @@ class Task:
     targets: Callable[[Array, Array], tuple[Array, Array]]
     example: Callable[[int, int], Mapping[str, Any]]
     in_graph: bool
+    candidates: Callable[[Array, Array], Candidates] = no_candidates
 
 
 class Models(NamedTuple):

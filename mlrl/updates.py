@@ -21,7 +21,6 @@ from mlrl.types import (
     Params,
     ReductionFn,
     Refused,
-    Rewards,
     Rollout,
     Scores,
     TrainState,
@@ -31,22 +30,14 @@ from mlrl.types import (
 ScoreFn = Callable[[Params, Rollout], Scores]
 
 
-def unannotated(rollout: Rollout, rewards: Rewards | None = None) -> Batch:
-    """A Batch of rows about which nothing is known yet: NaN where something could be missed, never 0.
-
-    Args:
-      rollout: [B,L].
-      rewards: what the rows earned; without it every row counts as scored, with reward 0 (supervised data).
+def computed_alone(function: Callable[[], Array]) -> Array:
+    """The value of one array that `function` returns, computing only what it depends on and compiling next to nothing.
     """
-    b, length = rollout.tokens.shape
-    zeros, missing = jnp.zeros((b, length), jnp.float32), jnp.full((b, length), jnp.nan, jnp.float32)
-    if rewards is None:
-        rewards = Rewards(tokens=zeros, outcome=jnp.zeros((b,), jnp.float32), scored=jnp.ones((b,), bool), parts={})
-    return Batch(
-        rollout=rollout, rewards=rewards, old_log_probs=missing, reference_log_probs=missing, values=missing,
-        advantages=missing, returns=missing, mask=rollout.action_mask & rewards.scored[:, None],
-        weights=zeros, token_weights=zeros,
-    )  # fmt: skip
+    closed = jax.make_jaxpr(function)()
+    jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True])
+    consts = dict(zip(closed.jaxpr.constvars, closed.consts))
+    (value,) = jax.core.eval_jaxpr(jaxpr, [consts[v] for v in jaxpr.constvars])
+    return value
 
 
 def fields_read(function: Callable, *args: Any) -> set[str]:
@@ -113,6 +104,7 @@ def update(
     minibatches: int = 1,
     epochs: int = 1,
     micro_batch_rows: int = 0,
+    unit_rows: int = 1,
 ) -> tuple[TrainState, Metrics]:
     """`epochs` passes over the batch in `minibatches` optimizer steps each.
 
@@ -124,11 +116,13 @@ def update(
       key: for the shuffles.
       score_fn: (params, rollout) -> Scores, the learner's forward pass.
       micro_batch_rows: rows of one forward and backward pass; 0: the whole minibatch.
+      unit_rows: consecutive rows that stay together in every shuffle and split: the rows of a group, for a loss that
+        compares them; 1 for any other.
     Returns: the state after the last optimizer step, and metrics averaged over the optimizer steps.
     Raises: Refused when the rows do not divide.
     """
     rows = batch.check().mask.shape[0]
-    check_division(rows, minibatches, micro_batch_rows)
+    check_division(rows, minibatches, micro_batch_rows, unit_rows)
 
     def optimizer_step(state: TrainState, rows: Batch) -> tuple[TrainState, Metrics]:
         rows = split_rows(rows)
@@ -141,7 +135,8 @@ def update(
         if minibatches == 1:
             state, metrics = optimizer_step(state, batch)
             return state, jax.tree.map(lambda x: x[None], metrics)
-        order = jax.random.permutation(key, rows)
+        units = jax.random.permutation(key, rows // unit_rows)
+        order = (units[:, None] * unit_rows + jnp.arange(unit_rows)).reshape(rows)
         return jax.lax.scan(optimizer_step, state, _split(jax.tree.map(lambda x: x[order], batch), minibatches))
 
     if epochs == 1:
@@ -167,8 +162,9 @@ def apply_gradients(state: TrainState, grads: Params, metrics: Metrics,
     return state, metrics | {"grad_norm": norm, "skipped_updates": 1.0 - good.astype(jnp.float32)}
 
 
-def check_division(rows: int, minibatches: int, micro_batch_rows: int) -> None:
-    """Raises Refused, in words, when rows do not divide into minibatches or these into micro-batches."""
+def check_division(rows: int, minibatches: int, micro_batch_rows: int, unit_rows: int = 1) -> None:
+    """Raises Refused, in words, when rows do not divide into minibatches, these into micro-batches, or all in groups.
+    """
     require_whole("Experiment", "micro_batch_rows", micro_batch_rows, 0)
     if rows % minibatches:
         raise Refused(f"{rows} rows do not divide into minibatches = {minibatches}")
@@ -176,6 +172,10 @@ def check_division(rows: int, minibatches: int, micro_batch_rows: int) -> None:
         raise Refused(
             f"a minibatch of {rows // minibatches} rows does not divide into micro_batch_rows = {micro_batch_rows}"
         )
+    for name, count in (("minibatch", rows // minibatches), ("micro-batch", micro_batch_rows)):
+        if count % unit_rows:
+            raise Refused(f"a loss compares the {unit_rows} rows of a group, and a {name} of {count} rows does not "
+                          f"hold whole groups: change minibatches or micro_batch_rows to get a multiple of {unit_rows}")
 
 
 def _split(tree: Any, pieces: int) -> Any:

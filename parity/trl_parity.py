@@ -20,7 +20,7 @@ import numpy as np
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from mlrl import advantages, importance, reductions, updates  # noqa: E402
+from mlrl import advantages, batches, importance, reductions, updates  # noqa: E402
 from mlrl.losses import (  # noqa: E402
     contrasts,
     distillation,
@@ -94,7 +94,7 @@ def rows(x: dict, mask: np.ndarray, outcome: np.ndarray, **given):
         group=jnp.arange(b) % (b // 2), truncated=zeros > 0, policy_version=zeros,
     )  # fmt: skip
     rewards = Rewards(jnp.zeros((b, length)), jnp.asarray(outcome, jnp.float32), jnp.ones((b,), bool), {})
-    batch = updates.unannotated(rollout, rewards).replace(
+    batch = batches.unannotated(rollout, rewards).replace(
         old_log_probs=jnp.asarray(x["old"]), reference_log_probs=jnp.asarray(x["reference"]),
         advantages=jnp.where(mask, jnp.asarray(x["advantages"])[:, None], 0.0), **given,
     )  # fmt: skip

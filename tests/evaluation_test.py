@@ -29,8 +29,8 @@ def test_sampled_results_by_hand():
 
 
 def test_unscored_rows_leave_the_mean():
-    assert evaluation._interval(np.asarray([1.0, np.nan, 0.0]))["prompts"] == 2
-    assert evaluation._interval(np.asarray([1.0, np.nan, 0.0]))["value"] == 0.5
+    assert evaluation.interval(np.asarray([1.0, np.nan, 0.0]))["prompts"] == 2
+    assert evaluation.interval(np.asarray([1.0, np.nan, 0.0]))["value"] == 0.5
 
 
 def test_every_source_of_a_mixture_is_reported_and_results_repeat():

@@ -22,7 +22,10 @@ EXPERIMENTS = sorted(path.relative_to(REPO).as_posix() for path in REPO.glob("ex
 METHODS = sorted(path.stem for path in REPO.glob("gin/methods/*.gin"))
 FILES = sorted(path.relative_to(REPO).as_posix() for path in REPO.glob("gin/**/*.gin")) + EXPERIMENTS
 LOADED_QUICKLY = {"experiments/quickstart/grpo.gin", "experiments/quickstart/random_reward.gin"}
-RUN_QUICKLY = {"experiments/quickstart/grpo.gin", "ppo"}  # make test-all runs them all
+# make test-all runs them all
+RUN_QUICKLY = {"experiments/quickstart/grpo.gin", "experiments/preferences/dpo.gin", "ppo", "kto"}
+
+WITH_VALUES = {"ppo", "ppo_shared", "reward_model", "process_reward_model"}
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
@@ -42,9 +45,11 @@ OFFLINE = """from __gin__ import dynamic_registration
 include 'gin/methods/{method}.gin'
 from mlrl.loops import offline
 from mlrl.models import transformer
+from mlrl.tasks import pairs
 from mlrl.tasks import puzzles
 puzzles.arithmetic.digits = 1
-offline.Experiment.task = @puzzles.arithmetic()
+pairs.against_corrupted.task = @puzzles.arithmetic()
+offline.Experiment.task = @pairs.against_corrupted()
 offline.Experiment.rows_per_step = 8
 """
 ITERATED = """from __gin__ import dynamic_registration
@@ -149,7 +154,7 @@ def compose(method, folder):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_is_wholly_used(method, tmp_path):
     experiment, _ = prepared(compose(method, tmp_path))
-    values = dict(value_head=method.startswith("ppo"), critic_layers=2 if method == "ppo" else 0)
+    values = dict(value_head=method in WITH_VALUES, critic_layers=2 if method == "ppo" else 0)
     assert experiment.model == Config(**SMALL, **values)
 
 

@@ -14,13 +14,13 @@ BLOCKS = (
     ("the surface", "__init__"),
     ("types", "types"),
     ("arithmetic", "reductions divergences controllers importance groups returns advantages selection metrics "
-                   "monitoring losses"),
-    ("data", "tokenizer_files vocabularies tasks prompts curricula data"),
+                   "monitoring batches losses"),
+    ("data", "tokenizer_files vocabularies tasks prompts stored curricula data"),
     ("models", "models scoring"),
     ("rollout", "sampling generation rollouts environments"),
     ("rewards", "rewards"),
     ("learning", "meshes optimizers updates"),
-    ("IO", "folders checkpoints writers evaluation report runs export"),
+    ("IO", "folders checkpoints writers evaluation evaluation_stored report runs export"),
     ("loops", "loops"),
     ("the door", "main __main__"),
 )

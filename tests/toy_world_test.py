@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlrl import advantages, divergences, groups, updates
+from mlrl import advantages, batches, divergences, groups, updates
 from mlrl.losses import distillation, policy, preference, regularizers, supervised, values
 from mlrl.types import Rewards, Rollout, Scores
 
@@ -54,7 +54,7 @@ def rows_of(words, group, reward):
     )  # fmt: skip
     rewards = Rewards(column(reward), jnp.asarray(reward, jnp.float32), zeros == 0, {})
     reference = np.log(REFERENCE)[np.asarray(words)]
-    return updates.unannotated(rollout, rewards).replace(
+    return batches.unannotated(rollout, rewards).replace(
         reference_log_probs=column(reference), token_weights=jnp.full((n, 1), 1.0 / n)
     )
 

@@ -1,5 +1,6 @@
 """The update: exact denominators however the rows are split, skipped steps, and what is read."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from mlrl import meshes, reductions, updates
-from mlrl.losses import policy, regularizers, supervised
+from mlrl import batches, meshes, reductions, updates
+from mlrl.losses import policy, preference, regularizers, reward_models, supervised
 from mlrl.models.transformer import Config, Transformer, initialize
 from mlrl.optimizers import adamw
 from mlrl.scoring import score
@@ -37,7 +38,7 @@ def batch(seed=0):
         truncated=jnp.zeros(B, bool), policy_version=jnp.zeros(B, jnp.int32),
     )  # fmt: skip
     rewards = Rewards(jnp.zeros((B, L)), jnp.zeros(B), jnp.asarray([True] * 6 + [False, True]), {})
-    made = updates.unannotated(rollout.check(), rewards.check())
+    made = batches.unannotated(rollout.check(), rewards.check())
     return made.replace(
         old_log_probs=rollout.behavior_log_probs,
         reference_log_probs=rollout.behavior_log_probs - 0.1,
@@ -141,6 +142,89 @@ def test_what_a_loss_reads_is_found_by_tracing_it():
     assert "Batch.reference_log_probs" in reads(*LOSSES)
     assert "Batch.reference_log_probs" not in reads(policy.ppo_clip, regularizers.kl_penalty)  # coefficient 0.0
     assert "Scores.values" not in reads(*LOSSES)
+
+
+def pairs_of_rows():
+    """Four pairs side by side, every row with an action and scored; group 1 has no action at all in one row."""
+    rows = batch()
+    outcome = jnp.asarray([1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0])
+    rewards = rows.rewards.replace(outcome=outcome, scored=jnp.ones(B, bool))
+    return rows.replace(rewards=rewards, mask=rows.rollout.action_mask).check()
+
+
+def seen_pairs(minibatches, unit_rows, epochs=1):
+    """The pairs (chosen, rejected) that each optimizer step of an epoch sees, as rows of the batch."""
+    rows, seen = pairs_of_rows(), []
+    rows = rows.replace(advantages=jnp.broadcast_to(jnp.arange(B, dtype=jnp.float32)[:, None], (B, L)))
+
+    def spy(scores, batch):
+        weights = preference.pair_weights(batch)
+        note = lambda w, row: seen.append((np.asarray(w), np.asarray(row)))
+        jax.debug.callback(note, weights, batch.advantages[:, 0])
+        return jnp.sum(weights) + 0.0 * jnp.sum(scores.log_probs), {}
+
+    run(rows, losses=(spy,), minibatches=minibatches, unit_rows=unit_rows, epochs=epochs)
+    jax.effects_barrier()
+    return [(int(row[i]), int(row[j])) for w, row in seen for i, j in zip(*np.nonzero(w))]
+
+
+def test_every_pair_is_seen_however_many_minibatches():
+    whole = seen_pairs(1, 2)
+    assert sorted(whole) == [(0, 1), (4, 5), (7, 6)]  # row 3 has no action: its pair is none
+    assert sorted(seen_pairs(4, 2)) == sorted(seen_pairs(2, 2)) == sorted(whole)
+    assert len(seen_pairs(4, 1)) < len(whole)  # what happens to rows that are shuffled one by one
+    orders = seen_pairs(4, 2, epochs=4)
+    assert len({tuple(orders[i : i + 3]) for i in range(0, 12, 3)}) > 1  # and the pairs are shuffled
+
+
+@pytest.mark.parametrize("loss", [preference.dpo, reward_models.bradley_terry, reward_models.plackett_luce])
+def test_micro_batches_of_whole_groups_only_add_up(loss):
+    model = Transformer(dataclasses.replace(MODEL.config, value_head=True))
+    first = initialize(model, jax.random.key(0))
+
+    def gradient(micro_batch_rows):
+        rows = pairs_of_rows()
+        rows = rows.replace(weights=reductions.sequence_mean_token_mean(rows.mask),
+                            token_weights=reductions.token_mean(rows.mask))  # fmt: skip
+        call = functools.partial(updates.gradients, score_fn=functools.partial(score, model), losses=(loss,),
+                                 micro_batch_rows=micro_batch_rows)  # fmt: skip
+        return jax.jit(call)(first, rows)
+
+    (whole, metrics), (split, split_metrics) = gradient(0), gradient(4)
+    assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(whole)) > 1e-4
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), whole, split)
+    for name, value in metrics.items():
+        np.testing.assert_allclose(split_metrics[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
+
+
+def test_a_row_alone_is_shuffled_as_ever():
+    """Units of one row: the order is jax.random.permutation(key, rows), so that old runs can be repeated."""
+    seen = []
+
+    def spy(scores, batch):
+        jax.debug.callback(lambda row: seen.append(np.asarray(row)), batch.advantages[:, 0], ordered=True)
+        return 0.0 * jnp.sum(scores.log_probs), {}
+
+    rows = batch()
+    rows = rows.replace(advantages=jnp.broadcast_to(jnp.arange(B, dtype=jnp.float32)[:, None], (B, L)))
+    run(rows, losses=(spy,), minibatches=4)
+    jax.effects_barrier()
+    np.testing.assert_array_equal(np.concatenate(seen), jax.random.permutation(jax.random.key(2), B))
+
+
+def test_groups_that_would_be_split_are_refused():
+    with pytest.raises(Refused, match="a minibatch of 2 rows does not hold whole groups"):
+        run(batch(), minibatches=4, unit_rows=4)
+    with pytest.raises(Refused, match="compares the 2 rows of a group, and a micro-batch of 1 rows"):
+        run(batch(), minibatches=2, micro_batch_rows=1, unit_rows=2)
+
+
+def test_an_array_is_computed_alone():
+    def draw():
+        jax.debug.callback(lambda x: 1 / 0, jnp.zeros(()))  # would be called if anything ran that is not asked for
+        return jnp.arange(6) // jnp.asarray(np.asarray([2] * 6))
+
+    assert updates.computed_alone(lambda: draw()).tolist() == [0, 0, 1, 1, 2, 2]
 
 
 def test_rows_that_do_not_divide_are_refused():

@@ -10,15 +10,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mlrl import prompts as prompts_lib
 from mlrl import scoring
-from mlrl.evaluation import Evaluation, completions
+from mlrl.evaluation import AnyEvaluation, completions
+from mlrl.evaluation_stored import StoredEvaluation
 from mlrl.models.transformer import Config, Transformer
 from mlrl.rewards.completions import name_of
 from mlrl.rewards.lifting import lift
-from mlrl.sampling import Sampling
+from mlrl.sampling import GREEDY, Sampling
 from mlrl.types import (
     Batch,
     CurriculumFn,
@@ -67,8 +69,8 @@ def start_fits(start: Callable[[Transformer, Any], Any], model: Transformer) -> 
     getattr(start, "check", lambda model: None)(model)
 
 
-def rows_divide(experiment: Any, rows: int) -> None:
-    """The rows of a step divide into minibatches, micro-batches and devices."""
+def rows_divide(experiment: Any, rows: int, unit_rows: int = 1) -> None:
+    """The rows of a step divide into minibatches, micro-batches and devices, in whole groups of `unit_rows`."""
     for name in ("num_steps", "num_rounds", "minibatches", "epochs", "prompts_per_step", "prompts_per_round",
                  "rows_per_step", "group_size"):
         if not isinstance(getattr(experiment, name, 1), int):
@@ -77,7 +79,7 @@ def rows_divide(experiment: Any, rows: int) -> None:
             raise Refused(f"Experiment.{name} must be at least 1, got {getattr(experiment, name)}")
     require_whole("Experiment", "seed", experiment.seed, 0)
     minibatches = getattr(experiment, "minibatches", 1)
-    check_division(rows, minibatches, experiment.micro_batch_rows)
+    check_division(rows, minibatches, experiment.micro_batch_rows, unit_rows)
     devices = experiment.mesh().size
     pieces = {"prompts or rows a step": getattr(experiment, "prompts_per_step", rows),
               "rows of a minibatch": rows // minibatches,
@@ -167,12 +169,36 @@ def refill_fits(experiment: Any, reward_in_graph: bool) -> None:
                       "on the host with completions.per_completion")  # fmt: skip
 
 
-def stored_rows_suffice(reads: set[str] | frozenset[str]) -> None:
-    """The offline loop knows tokens and, if asked, the reference; what nobody computed must not be read."""
-    missing = sorted({"Batch.old_log_probs", "Batch.advantages", "Batch.returns", "Batch.values"} & reads)
+def stored_rows_suffice(reads: set[str] | frozenset[str], old_log_probs: Callable) -> None:
+    """Stored rows have no advantages until an advantage function makes them, and no log-probs of a sampler."""
+    missing = sorted({"Batch.advantages", "Batch.returns"} & reads)
     if missing:
-        raise Refused(f"a loss reads {missing[0]}, which stored rows do not have: choose another loss, or the "
-                      "online loop")  # fmt: skip
+        raise Refused(f"a loss reads {missing[0]}, which stored rows do not have: set Experiment.advantage_fn (for "
+                      "kto, @advantages.kto), choose another loss, or the online loop")  # fmt: skip
+    if "Batch.old_log_probs" in reads and inspect.unwrap(old_log_probs) is scoring.sampler_log_probs:
+        raise Refused("Batch.old_log_probs is read, and nobody sampled stored rows: set Experiment.old_log_probs = "
+                      "@scoring.recomputed_log_probs")  # fmt: skip
+
+
+def compares_rows(losses: Sequence[LossFn], batch: Batch, vocabulary_size: int) -> bool:
+    """Whether a loss looks at which rows share a group, as preference losses and reward models do."""
+    return "Batch.rollout.group" in what_is_read(losses, (), batch, vocabulary_size)
+
+
+def rows_of_a_group(group: np.ndarray) -> int:
+    """How many rows share a group, side by side and as many in each. Raises Refused, if they do not."""
+    size = int(np.argmax(group != group[0])) or len(group)
+    starts = group[::size]
+    if len(group) % size or (group != starts.repeat(size)).any() or len(set(starts.tolist())) < len(starts):
+        raise Refused("a loss compares the rows of a group, but Experiment.rows_fn mixes them: it must put the rows of "
+                      "a group side by side, as many in each, as stored.candidates does")  # fmt: skip
+    return size
+
+
+def groups_are_compared(group_size: int, remedy: str) -> None:
+    """A loss that compares the rows of a group has nothing to learn from a group of one."""
+    if group_size < 2:
+        raise Refused(f"a loss compares the rows of a group, but every group has one row: {remedy}")
 
 
 def groups_teach(advantage_fn: Callable[[Batch], Any], batch: Batch, group_size: int) -> None:
@@ -203,14 +229,42 @@ def sampling_fits(sampling: Sampling, old_log_probs: Callable, reads: set[str] |
         raise Refused("Sampling.temperature is 0.0 (greedy), so all completions of a group are alike: set it above 0")
 
 
-def evaluations_work(evaluations: Sequence[Evaluation]) -> None:
-    """Tries the reward of every evaluation on real prompts."""
+def evaluations_work(evaluations: Sequence[AnyEvaluation]) -> None:
+    """Tries the reward of every evaluation on real prompts, or looks at the stored completions that it judges."""
     names = [evaluation.task.name for evaluation in evaluations]
     if len(set(names)) < len(names):
         raise Refused(f"two evaluations have tasks of the same name, and results go by name: {sorted(names)}")
     for evaluation in evaluations:
         prompts_lib.first(evaluation.task, evaluation.prompts)
-        rewards_work(lift(evaluation.reward_fn), evaluation.task)
+        if isinstance(evaluation, StoredEvaluation):
+            evaluation.require_candidates()
+        else:
+            rewards_work(lift(evaluation.reward_fn), evaluation.task)
+
+
+def evaluations_sample(experiment: Any, model: Transformer, params: Any) -> None:
+    """Traces the sampler of every evaluation, where the step itself samples nothing; compiles nothing."""
+    for evaluation in experiment.evaluations:
+        if not isinstance(evaluation, StoredEvaluation):
+            task = evaluation.task
+            jax.eval_shape(
+                lambda params, task=task: experiment.rollout_fn(
+                    model, params, prompts_lib.first(task, 1), jax.random.key(0), vocabulary=task.vocabulary,
+                    sampling=GREEDY, group_size=1,
+                ).check(), params,
+            )  # fmt: skip
+
+
+def judges_have_models(experiment: Any, batch: Batch, reads: set[str] | frozenset[str]) -> None:
+    """Evaluations of stored completions need the value head or the reference that their judge reads."""
+    for evaluation in experiment.evaluations:
+        if not isinstance(evaluation, StoredEvaluation):
+            continue
+        asked = evaluation.reads(batch)
+        compatible(experiment.model, asked)
+        if "Batch.reference_log_probs" in asked and "Batch.reference_log_probs" not in reads:
+            raise Refused(f"the evaluation of {evaluation.task.name!r} reads the reference, which is kept only if a "
+                          "loss reads it: choose a reward_fn without it, as preference.likelihood_reward")  # fmt: skip
 
 
 def rewards_work(reward: RewardFn, task: Task, *, rows: int = 2) -> None:

@@ -74,7 +74,7 @@ def the_evaluations(experiment: Any) -> str:
     if not experiment.evaluations:
         return "none: set Experiment.evaluations to measure held-out prompts"
     return "; ".join(
-        f"{e.task.name}: {e.prompts} prompts, greedy" + (f" and {e.samples} samples each" if e.samples else "")
+        f"{e.task.name}: {e.prompts} prompts, {e.words()}"
         + (f", every {e.every_steps} steps" if e.every_steps else ", before and after")
         for e in experiment.evaluations
     )  # fmt: skip

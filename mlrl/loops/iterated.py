@@ -13,6 +13,7 @@ import optax
 
 from mlrl import advantages, controllers, curricula, meshes, optimizers, reductions, runs, scoring, selection
 from mlrl import prompts as prompts_lib
+from mlrl.batches import unannotated
 from mlrl.controllers import Controlled
 from mlrl.evaluation import Evaluation, evaluator
 from mlrl.loops import checks, pool, rounds, stages
@@ -43,7 +44,7 @@ from mlrl.types import (
     Task,
     TrainState,
 )
-from mlrl.updates import unannotated, update
+from mlrl.updates import update
 
 
 @dataclasses.dataclass(frozen=True)

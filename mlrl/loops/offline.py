@@ -10,11 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from mlrl import controllers, meshes, optimizers, prompts, reductions, runs, scoring
+from mlrl import controllers, meshes, optimizers, reductions, runs, scoring, stored
 from mlrl.controllers import Controlled
-from mlrl.evaluation import Evaluation, Results, evaluator
+from mlrl.evaluation import AnyEvaluation, Results, evaluator
 from mlrl.loops import checks, stages
 from mlrl.loops import describe as describe_
 from mlrl.loops.start import Reference, StartFn, own_start, random_parameters
@@ -24,6 +25,7 @@ from mlrl.models.transformer import Config, Transformer
 from mlrl.monitoring import row_metrics
 from mlrl.rollouts.single_turn import single_turn
 from mlrl.types import (
+    AdvantageFn,
     Array,
     Batch,
     LossFn,
@@ -36,7 +38,7 @@ from mlrl.types import (
     Task,
     TrainState,
 )
-from mlrl.updates import unannotated, update
+from mlrl.updates import computed_alone, fields_read, update
 
 
 def never(results: Results) -> bool:
@@ -47,8 +49,13 @@ def never(results: Results) -> bool:
 
 def at_accuracy(results: Results, *, accuracy: float) -> bool:
     """Stops once the greedy accuracy of every evaluation has reached `accuracy`; sources of a mixture do not count."""
-    whole = [found["greedy"]["value"] for name, found in results.items() if "/" not in name]
+    whole = [found["greedy"]["value"] for name, found in results.items() if "/" not in name and "greedy" in found]
     return bool(whole) and min(whole) >= accuracy
+
+
+def no_advantages(batch: Batch) -> tuple[Array, Array]:
+    """Advantages and returns as they are: NaN, for losses that read neither."""
+    return batch.advantages, batch.returns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +65,10 @@ class Experiment:
     A step is `rows_per_step` stored rows, learned from in `minibatches` optimizer steps.
 
     task         where the rows come from
-    rows_fn      (task, key, step, rows, weights) -> Rollout: by default the task's demonstrations
+    rows_fn      (task, key, step, rows, weights) -> Batch: by default the task's demonstrations; see mlrl.stored
     losses       functions of (Scores, Batch), summed; any may be controllers.controlled
+    advantage_fn   Batch -> (advantages, returns), for losses that read them; may be controllers.controlled
+    old_log_probs  what the advantage reads as such: of the policy before the update, since nobody sampled the rows
     reference    the frozen model that losses read as reference_log_probs; a teacher is one
     reference_tokens  of the reference's distributions, for losses that read them: so many likeliest; 0: all
     stop         results of an evaluation -> whether that is enough
@@ -69,7 +78,9 @@ class Experiment:
     task: Task
     num_steps: int
     losses: tuple[LossFn | Controlled, ...] = (next_token,)
-    rows_fn: Callable[..., Rollout] = prompts.demonstrations
+    rows_fn: Callable[..., Batch] = stored.demonstrations
+    advantage_fn: AdvantageFn | Controlled = no_advantages
+    old_log_probs: Callable[..., Array] = scoring.recomputed_log_probs
     model: Config = Config()
     rows_per_step: int = 64
     reduction: ReductionFn = reductions.token_mean
@@ -82,7 +93,7 @@ class Experiment:
     reference: Reference = own_start()
     reference_tokens: int = 0
     stop: Callable[[Results], bool] = never
-    evaluations: tuple[Evaluation, ...] = ()
+    evaluations: tuple[AnyEvaluation, ...] = ()
     rollout_fn: RolloutFn = single_turn
     mesh: Callable[[], jax.sharding.Mesh] = meshes.data_mesh
     recording: runs.Recording = runs.Recording()
@@ -97,6 +108,7 @@ class Parts:
     model: Transformer
     reference_model: Transformer
     reads: frozenset[str]
+    unit_rows: int = 1  # of a group that a loss compares
 
     def stateful(self) -> dict[str, Any]:
         """Nothing else remembers."""
@@ -108,7 +120,7 @@ def train(experiment: Experiment, run: runs.Run) -> TrainState:
     parts = prepare(experiment)
     with meshes.use(experiment.mesh()) as mesh:
         state = run.restore_or(abstract_state(parts), lambda: initial_state(parts), meshes.replicated(mesh))
-        evaluate = evaluator(experiment.evaluations, parts.model, experiment.rollout_fn)
+        evaluate = evaluator(experiment.evaluations, parts.model, experiment.rollout_fn, parts.reference_model)
         next_rows, take_step = row_source(parts), jax.jit(functools.partial(learn, parts), donate_argnums=0)
         if experiment.stop(run.begin(experiment.task, experiment.num_steps, evaluate, state)):
             return state
@@ -128,18 +140,44 @@ def prepare(experiment: Experiment) -> Parts:
     checks.start_fits(experiment.start, model)
     checks.rows_divide(experiment, experiment.rows_per_step)
     parts = Parts(experiment, model, experiment.reference.model(model), frozenset())
-    batch = jax.eval_shape(unannotated, _abstract_rows(parts))
-    parts = dataclasses.replace(parts, reads=frozenset(checks.what_is_read(
-        losses(parts, controllers.initial(experiment)), (), batch, model.config.vocabulary_size)))
-    checks.compatible(experiment.model, parts.reads)
-    checks.stored_rows_suffice(parts.reads)
+    batch = _abstract_rows(parts)
+    losses, advantage_fn = bound(parts, controllers.initial(experiment))
+    reads = checks.what_is_read(losses, (), batch, model.config.vocabulary_size)
+    made = {"Batch.advantages", "Batch.returns"} & reads
+    if made:
+        reads = (reads - made) | fields_read(advantage_fn, batch)
+    checks.compatible(experiment.model, reads)
+    checks.stored_rows_suffice(reads, experiment.old_log_probs)
+    parts = dataclasses.replace(parts, reads=frozenset(reads), unit_rows=_unit_rows(parts, losses, batch))
     checks.evaluations_work(experiment.evaluations)
+    checks.judges_have_models(experiment, batch, reads)
     experiment.stop({})
-    jax.eval_shape(functools.partial(learn, parts), abstract_state(parts), batch.rollout)
+    state = abstract_state(parts)
+    checks.evaluations_sample(experiment, model, state.params)
+    jax.eval_shape(functools.partial(learn, parts), state, batch)
     return parts
 
 
-def row_source(parts: Parts) -> Callable[[TrainState, int], Rollout]:
+def _unit_rows(parts: Parts, losses: tuple[LossFn, ...], batch: Batch) -> int:
+    """Rows of a group, if a loss compares them; else 1. Raises Refused, if there is nothing to compare."""
+    experiment = parts.experiment
+    if not checks.compares_rows(losses, batch, parts.model.config.vocabulary_size):
+        return 1
+    size = checks.rows_of_a_group(_groups(parts, batch))
+    checks.groups_are_compared(size, "set Experiment.rows_fn = @stored.candidates and a task with pairs, such as "
+                                     "preferences.read or pairs.against_corrupted")  # fmt: skip
+    checks.rows_divide(experiment, experiment.rows_per_step, size)
+    return size
+
+
+def _groups(parts: Parts, batch: Batch) -> np.ndarray:
+    """The group of each row of a step; of a task in the graph, without computing the rows."""
+    if parts.experiment.task.in_graph:
+        return np.asarray(computed_alone(lambda: _rows(parts, jax.random.key(0), 0).rollout.group))
+    return np.asarray(batch.rollout.group)
+
+
+def row_source(parts: Parts) -> Callable[[TrainState, int], Batch]:
     """(state, step) -> the step's rows, a pure function of the run's key and the step."""
     rows = functools.partial(_rows, parts)
     if parts.experiment.task.in_graph:
@@ -147,38 +185,42 @@ def row_source(parts: Parts) -> Callable[[TrainState, int], Rollout]:
     return lambda state, step: rows(state.key, step)
 
 
-def _rows(parts: Parts, key: Array, step: Array | int) -> Rollout:
+def _rows(parts: Parts, key: Array, step: Array | int) -> Batch:
     task = parts.experiment.task
     return parts.experiment.rows_fn(task, key, step, parts.experiment.rows_per_step, jnp.asarray(task.rates))
 
 
-def _abstract_rows(parts: Parts) -> Rollout:
-    """Shapes and dtypes of a step's rows."""
+def _abstract_rows(parts: Parts) -> Batch:
+    """Shapes and dtypes of a step's rows; the rows themselves, where the task is on the host."""
     rows = functools.partial(_rows, parts)
     draw = lambda: rows(jax.random.key(0), 0)  # noqa: E731
     return jax.eval_shape(draw) if parts.experiment.task.in_graph else draw()
 
 
-def learn(parts: Parts, state: TrainState, rollout: Rollout) -> tuple[TrainState, Metrics, Batch]:
+def learn(parts: Parts, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics, Batch]:
     """Annotate the rows and update: the state of the next step, metrics, and the rows."""
     experiment = parts.experiment
     score_rows = functools.partial(score, parts)
-    batch = stages.annotate(parts, state, unannotated(meshes.split_rows(rollout)), score_rows)
+    losses, advantage_fn = bound(parts, state.controllers)
+    batch = stages.annotate(parts, state, meshes.split_rows(batch), score_rows)
+    credit, returns = advantage_fn(batch)
+    batch = batch.replace(advantages=credit, returns=returns)
     with_logits = "Scores.logits" in parts.reads
     state, metrics = update(
-        state, batch, stages.step_key(state, 0), losses=losses(parts, state.controllers),
+        state, batch, stages.step_key(state, 0), losses=losses,
         score_fn=lambda params, rows: score_rows(parts.model, params, rows, with_logits=with_logits),
         reduction=experiment.reduction, optimizer=experiment.optimizer, minibatches=experiment.minibatches,
-        epochs=experiment.epochs, micro_batch_rows=experiment.micro_batch_rows,
+        epochs=experiment.epochs, micro_batch_rows=experiment.micro_batch_rows, unit_rows=parts.unit_rows,
     )  # fmt: skip
     metrics |= row_metrics(batch) | controllers.as_metrics(state.controllers)
     turned = controllers.turned(experiment, state.controllers, metrics)
     return state.replace(step=state.step + 1, controllers=turned), metrics, batch
 
 
-def losses(parts: Parts, states: dict[str, Array]) -> tuple[LossFn, ...]:
-    """The losses, with controlled knobs where their controllers have them."""
-    return tuple(controllers.bound(loss_fn, states) for loss_fn in parts.experiment.losses)
+def bound(parts: Parts, states: dict[str, Array]) -> tuple[tuple[LossFn, ...], AdvantageFn]:
+    """The losses and the advantage function, with controlled knobs where their controllers have them."""
+    losses = tuple(controllers.bound(loss_fn, states) for loss_fn in parts.experiment.losses)
+    return losses, controllers.bound(parts.experiment.advantage_fn, states)
 
 
 def score(parts: Parts, model: Transformer, params: Params, rollout: Rollout, *, with_logits: bool = False) -> Scores:
@@ -210,13 +252,16 @@ def warm_start(*, experiment: Experiment) -> StartFn:
 def describe(parts: Parts) -> str:
     """What a step and a run are, in words; compiles nothing."""
     experiment, task = parts.experiment, parts.experiment.task
-    rows, columns = _abstract_rows(parts).tokens.shape
+    batch = _abstract_rows(parts)
+    rows, columns = batch.rollout.tokens.shape
+    prompts = len(np.unique(_groups(parts, batch)))
     state = abstract_state(parts)
     return describe_.table({
         "task": f"{task.name}: {', '.join(task.sources)}",
-        "a step": [f"{rows} stored rows of {columns} columns", describe_.the_update(experiment, rows)],
+        "a step": [f"{rows} stored rows of {columns} columns" + f", {prompts} prompts" * (prompts < rows),
+                   describe_.the_update(experiment, rows)],
         "a run": f"{experiment.num_steps:,} steps, {experiment.num_steps * rows:,} rows, about "
-                 f"{experiment.num_steps * rows / sum(task.sizes):.2f} epochs of {sum(task.sizes):,} prompts",
+                 f"{experiment.num_steps * prompts / sum(task.sizes):.2f} epochs of {sum(task.sizes):,} prompts",
         "model": describe_.the_model(parts.model.config, state),
         "memory": describe_.the_memory(
             parts.model.config, state, rows=0, columns=columns, scored=columns,

@@ -12,8 +12,9 @@ import optax
 
 from mlrl import advantages, controllers, curricula, meshes, optimizers, reductions, runs, scoring, selection
 from mlrl import prompts as prompts_lib
+from mlrl.batches import unannotated
 from mlrl.controllers import Controlled
-from mlrl.evaluation import Evaluation, evaluator
+from mlrl.evaluation import AnyEvaluation, evaluator
 from mlrl.loops import checks, refill, stages
 from mlrl.loops import describe as describe_
 from mlrl.loops.start import Reference, StartFn, own_start, random_parameters
@@ -40,7 +41,7 @@ from mlrl.types import (
     Task,
     TrainState,
 )
-from mlrl.updates import unannotated, update
+from mlrl.updates import update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Experiment:
     start: StartFn = random_parameters
     reference: Reference = own_start()
     reference_tokens: int = 0
-    evaluations: tuple[Evaluation, ...] = ()
+    evaluations: tuple[AnyEvaluation, ...] = ()
     mesh: Callable[[], jax.sharding.Mesh] = meshes.data_mesh
     recording: runs.Recording = runs.Recording()
     seed: int = 0
@@ -110,6 +111,7 @@ class Parts:
     reference_model: Transformer
     reward: RewardFn
     reads: frozenset[str]  # the fields that losses, advantage and selection look at: nothing else is computed
+    unit_rows: int = 1  # of a group that a loss compares
 
     def stateful(self) -> dict[str, Any]:
         """First states of the curriculum and the reward."""
@@ -121,7 +123,7 @@ def train(experiment: Experiment, run: runs.Run) -> TrainState:
     parts = prepare(experiment)
     with meshes.use(experiment.mesh()) as mesh:
         state = run.restore_or(abstract_state(parts), lambda: initial_state(parts), meshes.replicated(mesh))
-        evaluate = evaluator(experiment.evaluations, parts.model, experiment.rollout_fn)
+        evaluate = evaluator(experiment.evaluations, parts.model, experiment.rollout_fn, parts.reference_model)
         next_prompts, take_step = prompt_source(parts), step_function(parts, run)
         run.begin(experiment.task, experiment.num_steps, evaluate, state)
         for step in range(int(state.step), experiment.num_steps):
@@ -147,8 +149,13 @@ def prepare(experiment: Experiment) -> Parts:
     reads = checks.what_is_read(losses, (advantage_fn, experiment.select_fn), batch, model.config.vocabulary_size)
     parts = dataclasses.replace(parts, reads=frozenset(reads | stages.asked_of_models(parts, prompts, rollout)))
     checks.compatible(experiment.model, reads)
+    checks.judges_have_models(experiment, batch, parts.reads)
     checks.one_kl(losses, advantage_fn, batch)
     checks.groups_teach(advantage_fn, batch, experiment.group_size)
+    if checks.compares_rows(losses, batch, model.config.vocabulary_size):
+        checks.groups_are_compared(experiment.group_size, "set Experiment.group_size to 2 or more")
+        parts = dataclasses.replace(parts, unit_rows=experiment.group_size)
+        checks.rows_divide(experiment, experiment.prompts_per_step * experiment.group_size, parts.unit_rows)
     checks.sampling_fits(experiment.sampling, experiment.old_log_probs, reads)
     checks.refill_fits(experiment, parts.reward.in_graph)
     jax.eval_shape(functools.partial(learn, parts), abstract_state(parts), prompts, rollout, rewards)
@@ -238,7 +245,7 @@ def learn(parts: Parts, state: TrainState, prompts: Prompts, rollout: Rollout,
         state, batch, stages.step_key(state, 1),
         score_fn=lambda params, rows: score_rows(parts.model, params, rows, with_logits=with_logits), losses=losses,
         reduction=experiment.reduction, optimizer=experiment.optimizer, minibatches=experiment.minibatches,
-        epochs=experiment.epochs, micro_batch_rows=experiment.micro_batch_rows,
+        epochs=experiment.epochs, micro_batch_rows=experiment.micro_batch_rows, unit_rows=parts.unit_rows,
     )  # fmt: skip
     metrics |= step_metrics(batch) | reference_metrics(batch, parts.reads) | value_metrics(batch, parts.reads)
     metrics |= controllers.as_metrics(state.controllers)

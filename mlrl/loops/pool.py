@@ -12,9 +12,9 @@ import numpy as np
 
 from mlrl import meshes, runs
 from mlrl import prompts as prompts_lib
+from mlrl.batches import unannotated
 from mlrl.loops import stages
 from mlrl.types import Array, Batch, Metrics, Prompts, Rewards, Rollout, TrainState
-from mlrl.updates import unannotated
 
 
 def collector(parts: Any, run: runs.Run) -> Callable[[TrainState], tuple[Prompts, Batch, Any]]:

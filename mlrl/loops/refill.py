@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mlrl.batches import unannotated
 from mlrl.types import Array, Metrics, Prompts, Rewards, Rollout, SelectFn
-from mlrl.updates import unannotated
 
 AttemptFn = Callable[..., tuple[Prompts, Rollout, Rewards, Any]]  # (number, reward state) -> rows, reward state
 Rows = tuple[Prompts, Rollout, Rewards]

@@ -73,6 +73,20 @@ def _add_up(name: str, pair_loss: Array, row_reward: Array, scores: Scores, batc
     return loss, jax.tree.map(jax.lax.stop_gradient, metrics)
 
 
+def implicit_reward(
+    scores: Scores, batch: Batch, *, beta: float = 0.1, row_of: Callable[[Array, Array], Array] = reductions.row_sum
+) -> Array:
+    """DPO's reward of each row, beta * Delta: [B]. Reads log_probs, reference_log_probs, mask."""
+    return beta * _deltas(scores, batch, row_of)
+
+
+def likelihood_reward(
+    scores: Scores, batch: Batch, *, beta: float = 1.0, row_of: Callable[[Array, Array], Array] = reductions.row_mean
+) -> Array:
+    """The reward of losses without a reference, beta times the row's mean (or summed) log-prob: [B]."""
+    return beta * row_of(scores.log_probs, batch.mask)
+
+
 def dpo(
     scores: Scores,
     batch: Batch,

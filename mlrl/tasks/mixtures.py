@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlrl.types import Array, Prompts, Refused, Task
+from mlrl.types import Array, Candidates, Prompts, Refused, Task, no_candidates
 
 
 def mixture(tasks: Sequence[Task], rates: Sequence[float] = (), *, name: str = "") -> Task:
@@ -78,7 +79,40 @@ def mixture(tasks: Sequence[Task], rates: Sequence[float] = (), *, name: str = "
         targets=targets,
         example=lambda source, index: tasks[part_of[source]].example(int(within[source]), index),
         in_graph=in_graph,
+        candidates=_candidates(tasks, functools.partial(select, tasks), part_of, within, sizes, name, in_graph),
     )
+
+
+def _candidates(tasks, select, part_of, within, sizes, name, in_graph) -> Callable[[Array, Array], Candidates]:
+    """The parts' candidates, padded to the most and the longest; it refuses if only some parts have any."""
+    without = [task.name for task in tasks if task.candidates is no_candidates]
+    if len(without) == len(tasks):
+        return no_candidates
+    if without:
+
+        def refuse(source: Array, index: Array) -> Candidates:
+            raise Refused(f"mixture {name}: {without[0]} has no stored completions, and the others have: give it some, "
+                          "or leave it out")  # fmt: skip
+
+        return refuse
+    row = np.zeros(1, np.int32)
+    shapes = [(jax.eval_shape(t.candidates, row, row) if t.in_graph else t.candidates(row, row)).labels.shape[1:]
+              for t in tasks]  # fmt: skip
+    most, width = (max(sizes_) for sizes_ in zip(*shapes))
+    fill = {"tokens": tasks[0].vocabulary.pad_id, "valid": False, "outcome": np.nan, "labels": np.nan}
+
+    def part(task: Task, own_source: Array, own_index: Array) -> dict[str, Array]:
+        found = task.candidates(own_source, own_index)
+        xp = np if isinstance(found.tokens, np.ndarray) else jnp
+        each, long = found.labels.shape[1:]
+        pads = ((0, 0), (0, most - each), (0, width - long))
+        return {field: xp.pad(leaf, pads[: leaf.ndim], constant_values=fill[field])
+                for field, leaf in found._asdict().items()}  # fmt: skip
+
+    def candidates(source: Array, index: Array) -> Candidates:
+        return Candidates(**select(part, part_of, within, sizes, source, index))
+
+    return jax.jit(candidates) if in_graph else candidates
 
 
 def _select_all(tasks, part, part_of, within, sizes, source, index) -> dict[str, Array]:

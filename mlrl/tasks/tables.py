@@ -64,27 +64,43 @@ def table(
     for row, example in enumerate(examples):
         where = f"{name}, example {row}"
         prompt_text, target_text = _texts(example, where)
-        ids = _encode(vocabulary, prompt_text, where)
-        prompt = _fit(ids, max_prompt_tokens, on_long_prompt, f"{where}: the prompt")
+        ids = encode(vocabulary, prompt_text, where)
+        prompt = fit(ids, max_prompt_tokens, on_long_prompt, f"{where}: the prompt")
         if target_text is None:
             target: list[int] | None = []
         else:
-            target = [*_encode(vocabulary, target_text, where), vocabulary.eos_ids[0]]
-            target = _fit(target, max_target_tokens, on_long_target, f"{where}: the target")
+            target = [*encode(vocabulary, target_text, where), vocabulary.eos_ids[0]]
+            target = fit(target, max_target_tokens, on_long_target, f"{where}: the target")
         if prompt is not None and not prompt:
             raise Refused(f"{where}: the prompt is empty")
         if prompt is not None and target is not None:
             kept.append({**example, "task": name})
             prompts.append(prompt)
             targets.append(target)
-    dropped = f"{len(examples) - len(kept)} of {len(examples)} examples are longer than the limits"
+    return from_ids(kept, prompts, targets, vocabulary, name=name, read=len(examples), limits=(
+        max_prompt_tokens, max_target_tokens))  # fmt: skip
+
+
+def from_ids(
+    kept: Sequence[Mapping[str, Any]], prompts: Sequence[list[int]], targets: Sequence[list[int]],
+    vocabulary: Vocabulary, *, name: str, read: int, limits: tuple[int, int],
+) -> Task:  # fmt: skip
+    """A task of examples whose prompts and targets are encoded already; see `table`.
+
+    Args:
+      kept: the examples.
+      prompts, targets: token ids of each.
+      read: how many examples there were before some were dropped.
+      limits: (max_prompt_tokens, max_target_tokens), for the message that says so.
+    """
+    dropped = f"{read - len(kept)} of {read} examples are longer than the limits"
     if not kept:
-        raise Refused(f"{name} has no examples" + f": {dropped}" * bool(examples))
-    if len(kept) < len(examples):
+        raise Refused(f"{name} has no examples" + f": {dropped}" * bool(read))
+    if len(kept) < read:
         logging.getLogger("mlrl").warning("%s: dropped, %s (max_prompt_tokens=%d, max_target_tokens=%d)",
-                                          name, dropped, max_prompt_tokens, max_target_tokens)  # fmt: skip
-    prompt_tokens, prompt_valid = _padded(prompts, vocabulary.pad_id, left=True)
-    target_tokens, target_valid = _padded(targets, vocabulary.pad_id, left=False)
+                                          name, dropped, *limits)  # fmt: skip
+    prompt_tokens, prompt_valid = padded(prompts, vocabulary.pad_id, left=True)
+    target_tokens, target_valid = padded(targets, vocabulary.pad_id, left=False)
 
     def at(source: Array, index: Array) -> Prompts:
         source, index = np.asarray(source, np.int32), np.asarray(index, np.int32)
@@ -107,6 +123,11 @@ def read_jsonl(path: str | pathlib.Path, keys: Sequence[str] = ()) -> list[dict[
 
     Raises: Refused, naming the file and the row (from 1), if it is missing, empty or malformed, or lacks a key.
     """
+    return [row for _, row in numbered_jsonl(path, keys)]
+
+
+def numbered_jsonl(path: str | pathlib.Path, keys: Sequence[str] = ()) -> list[tuple[int, dict[str, Any]]]:
+    """As `read_jsonl`, with the number of each row's line, from 1."""
     path = pathlib.Path(path)
     if not path.is_file():
         raise Refused(f"there is no file {path}")
@@ -115,7 +136,7 @@ def read_jsonl(path: str | pathlib.Path, keys: Sequence[str] = ()) -> list[dict[
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    rows.append(_parsed_row(line, f"{path}, row {number}", keys))
+                    rows.append((number, _parsed_row(line, f"{path}, row {number}", keys)))
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise Refused(f"{path} cannot be read: {error}") from error
     if not rows:
@@ -147,18 +168,20 @@ def _texts(example: Mapping[str, Any], where: str) -> tuple[str, str | None]:
     return example["prompt"], target
 
 
-def _encode(vocabulary: Vocabulary, text: str, where: str) -> list[int]:
+def encode(vocabulary: Vocabulary, text: str, where: str) -> list[int]:
+    """Token ids of a text. Raises Refused that names the row."""
     try:
         return list(vocabulary.encode(text))
     except Refused as refusal:
         raise Refused(f"{where}: {refusal}") from refusal
 
 
-def _fit(ids: list[int], limit: int, on_long: LongFn, where: str) -> list[int] | None:
+def fit(ids: list[int], limit: int, on_long: LongFn, where: str) -> list[int] | None:
+    """The ids as they are, or what `on_long` makes of them where they are more than `limit` (0 sets none)."""
     return on_long(ids, limit, where) if 0 < limit < len(ids) else ids
 
 
-def _padded(rows: Sequence[Sequence[int]], pad_id: int, *, left: bool) -> tuple[np.ndarray, np.ndarray]:
+def padded(rows: Sequence[Sequence[int]], pad_id: int, *, left: bool) -> tuple[np.ndarray, np.ndarray]:
     """(tokens [M,W] int32, valid [M,W] bool), as wide as the longest row and at least 1."""
     width = max(1, max(map(len, rows)))
     tokens, valid = np.full((len(rows), width), pad_id, np.int32), np.zeros((len(rows), width), bool)
