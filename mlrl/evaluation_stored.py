@@ -122,7 +122,7 @@ def statistics(log_odds: np.ndarray, truth: np.ndarray) -> dict[str, dict[str, f
     p = 1.0 / (1.0 + np.exp(-np.clip(signed, -60.0, 60.0)))
     per_prompt = {
         "accuracy": np.where(known, (signed > 0) + 0.5 * (signed == 0), np.nan),
-        "log_loss": np.logaddexp(0.0, -signed),
+        "log_loss": -np.log(p),
         "brier": np.square(1.0 - p),
     }
     found = {name: interval(_mean_of_known(x)) for name, x in per_prompt.items()}
@@ -143,7 +143,8 @@ def _calibration(p: np.ndarray) -> dict[str, float]:
     def error(p: np.ndarray, axis: int) -> float:
         del axis
         known = p[~np.isnan(p)]
-        return metrics.expected_calibration_error(np.maximum(known, 1.0 - known), known > 0.5)
+        right = (known > 0.5) + 0.5 * (known == 0.5)
+        return metrics.expected_calibration_error(np.maximum(known, 1.0 - known), right)
 
     mean, low, high = metrics.bootstrap_interval(p, statistic=error, resamples=500)
     return {"value": mean, "low": low, "high": high, "prompts": len(p)}

@@ -18,8 +18,8 @@ def test_statistics_by_hand():
     assert value["accuracy"] == pytest.approx((0.5 + 0.5) / 2)
     assert value["log_loss"] == pytest.approx(((np.log(4 / 3) + np.log(4)) / 2 + np.log(2)) / 2)
     assert value["brier"] == pytest.approx(((1 / 16 + 9 / 16) / 2 + 1 / 4) / 2)
-    # three bins of one judgement each: sure 0.75 and right, sure 0.75 and wrong, sure 0.5 and (a tie) not right
-    assert value["calibration_error"] == pytest.approx((0.25 + 0.75 + 0.5) / 3)
+    # three bins of one judgement each: sure 0.75 and right, sure 0.75 and wrong, sure 0.5 and (a tie) half right
+    assert value["calibration_error"] == pytest.approx((0.25 + 0.75 + 0.0) / 3)
     assert all(r["prompts"] == 2 and r["low"] <= r["value"] <= r["high"] for r in found.values())
 
 

@@ -5,7 +5,8 @@ and have role 0. A group's weight is the sum of its rows' weights, shared by its
 `reductions.sequence_mean_token_mean` and two rows a group, the loss is the mean over pairs. A group whose outcomes are
 equal has no pair and still counts in that mean; `selection.with_spread` takes it out.
 
-Groups must stay whole when a batch is split: rows of a group side by side, micro-batches in multiples of the group.
+Groups must stay whole when a batch is split: rows of a group side by side, and `updates.update` told how many those
+are (unit_rows); the loops see to it.
 Sums of log-probs run over the mask. Delta is the row's sum of log_probs - reference_log_probs.
 """
 

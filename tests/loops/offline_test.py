@@ -73,8 +73,8 @@ def test_kto_s_sign_and_reference_point_are_of_the_policy_before_the_update():
     rows = jax.jit(lambda: offline._rows(parts, state.key, 0))()
     _, metrics, batch = jax.jit(functools.partial(offline.learn, parts))(moved, rows)
     np.testing.assert_array_equal(jnp.sign(batch.advantages.sum(axis=1)), [1, -1] * 4)
-    now = scoring.score(parts.model, moved.params, rows.rollout).log_probs
-    then = scoring.score(parts.model, state.params, rows.rollout).log_probs
+    score = jax.jit(lambda params: scoring.score(parts.model, params, rows.rollout).log_probs)
+    now, then = score(moved.params), score(state.params)
     delta = np.where(batch.mask, now - then, 0.0).sum(axis=1)
     point = max(0.0, delta.mean())
     np.testing.assert_allclose(np.asarray(batch.returns)[np.asarray(batch.mask)], point, atol=1e-5)
@@ -82,14 +82,19 @@ def test_kto_s_sign_and_reference_point_are_of_the_policy_before_the_update():
     np.testing.assert_allclose(metrics["loss/kto"], (1 - 1 / (1 + np.exp(-signed))).mean(), rtol=1e-4)
 
 
-def test_labelled_steps_teach_a_process_reward_model(tmp_path):
+def test_labelled_steps_teach_a_process_reward_model():
     chains = pairs.against_corrupted(puzzles.arithmetic(digits=1, operands=3, scratchpad=True), separator=",")
     experiment = dpo(
-        task=chains, losses=(reward_models.step_labels,), rows_fn=stored.labelled_steps, model=VALUED, num_steps=2,
+        task=chains, losses=(reward_models.step_labels,), rows_fn=stored.labelled_steps, model=VALUED,
         reduction=reductions.token_mean, evaluations=(StoredEvaluation(chains, judged_steps, prompts=16),),
     )  # fmt: skip
-    lines, results = trained(experiment, tmp_path)
-    assert lines[-1]["grad_norm"] > 0 and results[-1]["metrics"]["accuracy"]["prompts"] == 16
+    parts = offline.prepare(experiment)
+    state = offline.initial_state(parts)
+    rows = jax.jit(lambda: offline._rows(parts, state.key, 0))()
+    after, metrics, _ = jax.jit(functools.partial(offline.learn, parts))(state, rows)
+    assert float(metrics["loss/reward_model"]) == pytest.approx(np.log(2), abs=0.2) and metrics["grad_norm"] > 0
+    evaluate = offline.evaluator(experiment.evaluations, parts.model, worlds.ROLLOUT, parts.reference_model)
+    assert evaluate(after.params, 0, 1)[chains.name]["accuracy"]["prompts"] == 16
 
 
 PLAIN = dict(rows_fn=stored.demonstrations)
@@ -117,7 +122,7 @@ def _with_group(batch, group):
          "nobody sampled stored rows"),
         (dict(losses=(preference.kto,), advantage_fn=advantages.gae), "no value head"),
         (dict(task=puzzles.arithmetic(digits=1)), "no stored completions"),
-        (dict(evaluations=(StoredEvaluation(puzzles.arithmetic(digits=1)),)), "no stored completions"),
+        (dict(evaluations=(StoredEvaluation(puzzles.arithmetic(digits=1), prompts=4),)), "no stored completions"),
         (dict(losses=(preference.simpo,), evaluations=(StoredEvaluation(HELD_OUT, prompts=4),)), "reads the reference"),
         (dict(evaluations=(StoredEvaluation(HELD_OUT, judged_steps, prompts=4),)), "no value head"),
     ],
