@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mlrl import metrics, optimizers, updates
+from mlrl.batches import unannotated
 from mlrl.generation import generate
 from mlrl.loops import describe
 from mlrl.loops.start import critic_from_policy, own_start, teacher
@@ -60,7 +61,7 @@ def rollout():
 def batch():
     """Rows whose every token has an advantage of 1, an old value of 0 and the number of its column for a return."""
     rewards = Rewards(jnp.zeros((B, L)), jnp.zeros(B), jnp.ones(B, bool), {})
-    made = updates.unannotated(rollout(), rewards)
+    made = unannotated(rollout(), rewards)
     returns = jnp.broadcast_to(jnp.arange(L, dtype=jnp.float32), (B, L))
     weights = token_mean(made.mask)
     return made.replace(old_log_probs=rollout().behavior_log_probs, values=jnp.zeros((B, L)), returns=returns,
