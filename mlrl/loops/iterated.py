@@ -116,7 +116,7 @@ def train(experiment: Experiment, run: runs.Run) -> TrainState:
     parts = prepare(experiment)
     with meshes.use(experiment.mesh()) as mesh:
         state = run.restore_or(abstract_state(parts), lambda: initial_state(parts), meshes.replicated(mesh))
-        evaluate = evaluator(experiment.evaluations, parts.model, experiment.rollout_fn)
+        evaluate = evaluator(experiment.evaluations, parts.model, experiment.rollout_fn, parts.reference_model)
         play = round_function(parts, run, mesh)
         run.begin(experiment.task, experiment.num_rounds, evaluate, state)
         for round_number in range(int(state.step), experiment.num_rounds):
