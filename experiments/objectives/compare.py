@@ -103,7 +103,7 @@ def arm(method: str, task: str, arguments: argparse.Namespace) -> dict[str, Any]
         for seed, start in enumerate(starts):
             params = random_parameters(parts.model, jax.random.key(seed)) | jax.tree.map(jax.numpy.asarray, start)
             reference = parts.experiment.reference.params(params, parts.reference_model, jax.random.key(seed))
-            state = states.state_from(parts, params, reference if states.reads_reference(parts) else ())
+            state = states.state_from(parts, params, reference if states.keeps_reference(parts) else ())
             state, curve = state.replace(key=jax.random.key(seed)), {}
             for number in range(arguments.steps + 1):
                 if evaluate.due(number, arguments.steps):

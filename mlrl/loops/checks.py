@@ -139,23 +139,17 @@ def compatible(config: Config, reads: set[str] | frozenset[str]) -> None:
                       "Config.value_head = True or choose an advantage without values")  # fmt: skip
 
 
-def one_kl(losses: Sequence[LossFn], advantage_fn: Callable[[Batch], Any], batch: Batch) -> None:
-    """A KL to the reference stands in the reward or in the loss, never in both."""
-    in_reward = "Batch.reference_log_probs" in fields_read(lambda b: advantage_fn(b)[0], batch)
-    scores = Scores(batch.advantages, batch.advantages, batch.advantages)
-    for loss_fn in losses if in_reward else ():
-        # One whose gradient has both the reference and no advantage is a penalty of its own.
-        reads = _reads_or_nothing(lambda s, b, f=loss_fn: f(s, b)[0], scores, batch)
-        if "Batch.reference_log_probs" in reads:
+def one_kl(losses: Sequence[LossFn], advantage_fn: Callable[[Batch], Any], batch: Batch, vocabulary_size: int) -> None:
+    """A KL to the reference stands in the reward or in the loss, never in both.
+
+    It is in the reward where the advantages depend on the reference; their returns may (KTO keeps its z0 there).
+    """
+    if "Batch.reference_log_probs" not in fields_read(lambda b: advantage_fn(b)[0], batch):
+        return
+    for loss_fn in losses:
+        if "Batch.reference_log_probs" in what_is_read((loss_fn,), (), batch, vocabulary_size):
             raise Refused(f"the KL to the reference is in the reward (the advantage reads it) and in the loss "
                           f"{name_of(loss_fn)}: it would count twice; set one of the two kl_coef to 0.0")  # fmt: skip
-
-
-def _reads_or_nothing(function: Callable, scores: Scores, batch: Batch) -> set[str]:
-    try:
-        return fields_read(function, scores, batch)
-    except (TypeError, ValueError, AttributeError):  # it reads whole distributions, which are not given here
-        return set()
 
 
 def refill_fits(experiment: Any, reward_in_graph: bool) -> None:

@@ -22,7 +22,7 @@ from mlrl.loops.start import Reference, StartFn, own_start, random_parameters
 from mlrl.loops.states import abstract_state, initial_state
 from mlrl.losses.supervised import next_token
 from mlrl.models.transformer import Config, Transformer
-from mlrl.monitoring import reference_metrics, step_metrics
+from mlrl.monitoring import reference_metrics, step_metrics, value_metrics
 from mlrl.rewards.completions import name_of
 from mlrl.rewards.lifting import lift
 from mlrl.rollouts.single_turn import single_turn
@@ -163,7 +163,8 @@ def choose(parts: Parts, controlled: dict[str, Array], rows: Batch) -> tuple[Arr
     keep = parts.experiment.select_fn(rows) & rows.rewards.scored
     rows = rows.replace(mask=rows.mask & keep[:, None])
     balance = selection.balance_score(rows.rewards.outcome, keep, rows.rollout.group)
-    metrics = step_metrics(rows) | reference_metrics(rows, parts.reads) | {"selection/balance": balance}
+    metrics = step_metrics(rows) | reference_metrics(rows, parts.reads) | value_metrics(rows, parts.reads)
+    metrics["selection/balance"] = balance
     return credit, returns, keep, metrics
 
 
@@ -212,10 +213,14 @@ def prepare(experiment: Experiment) -> Parts:
     read = functools.partial(checks.what_is_read, batch=batch, vocabulary_size=model.config.vocabulary_size)
     by_losses, reads = read(losses, ()), read(losses, (advantage_fn, experiment.select_fn))
     reads |= stages.asked_of_models(parts, prompts, rollout) | rounds.reads(parts, reads)
-    unit = experiment.group_size if "Batch.rollout.group" in by_losses else 1
+    unit = 1
+    if "Batch.rollout.group" in by_losses:
+        unit = experiment.group_size
+        checks.groups_are_compared(unit, "set Experiment.group_size to 2 or more")
     parts = dataclasses.replace(parts, reads=frozenset(reads), unit=unit, prompt_columns=prompts.tokens.shape[1])
     checks.compatible(experiment.model, reads)
-    checks.one_kl(losses, advantage_fn, batch)
+    checks.judges_have_models(experiment, batch, parts.reads)
+    checks.one_kl(losses, advantage_fn, batch, model.config.vocabulary_size)
     if "Batch.advantages" in by_losses:
         checks.groups_teach(advantage_fn, batch, experiment.group_size)
     checks.sampling_fits(experiment.sampling, experiment.old_log_probs, reads, group_size=experiment.group_size)

@@ -141,7 +141,7 @@ def prepare(experiment: Experiment) -> Parts:
     checks.rows_divide(experiment, experiment.rows_per_step)
     parts = Parts(experiment, model, experiment.reference.model(model), frozenset())
     batch = _abstract_rows(parts)
-    losses, advantage_fn = bound(parts, controllers.initial(experiment))
+    losses, advantage_fn = stages.bound(parts, controllers.initial(experiment))
     reads = checks.what_is_read(losses, (), batch, model.config.vocabulary_size)
     made = {"Batch.advantages", "Batch.returns"} & reads
     if made:
@@ -201,7 +201,7 @@ def learn(parts: Parts, state: TrainState, batch: Batch) -> tuple[TrainState, Me
     """Annotate the rows and update: the state of the next step, metrics, and the rows."""
     experiment = parts.experiment
     score_rows = functools.partial(score, parts)
-    losses, advantage_fn = bound(parts, state.controllers)
+    losses, advantage_fn = stages.bound(parts, state.controllers)
     batch = stages.annotate(parts, state, meshes.split_rows(batch), score_rows)
     credit, returns = advantage_fn(batch)
     batch = batch.replace(advantages=credit, returns=returns)
@@ -215,12 +215,6 @@ def learn(parts: Parts, state: TrainState, batch: Batch) -> tuple[TrainState, Me
     metrics |= row_metrics(batch) | controllers.as_metrics(state.controllers)
     turned = controllers.turned(experiment, state.controllers, metrics)
     return state.replace(step=state.step + 1, controllers=turned), metrics, batch
-
-
-def bound(parts: Parts, states: dict[str, Array]) -> tuple[tuple[LossFn, ...], AdvantageFn]:
-    """The losses and the advantage function, with controlled knobs where their controllers have them."""
-    losses = tuple(controllers.bound(loss_fn, states) for loss_fn in parts.experiment.losses)
-    return losses, controllers.bound(parts.experiment.advantage_fn, states)
 
 
 def score(parts: Parts, model: Transformer, params: Params, rollout: Rollout, *, with_logits: bool = False) -> Scores:

@@ -150,7 +150,7 @@ def prepare(experiment: Experiment) -> Parts:
     parts = dataclasses.replace(parts, reads=frozenset(reads | stages.asked_of_models(parts, prompts, rollout)))
     checks.compatible(experiment.model, reads)
     checks.judges_have_models(experiment, batch, parts.reads)
-    checks.one_kl(losses, advantage_fn, batch)
+    checks.one_kl(losses, advantage_fn, batch, model.config.vocabulary_size)
     checks.groups_teach(advantage_fn, batch, experiment.group_size)
     if checks.compares_rows(losses, batch, model.config.vocabulary_size):
         checks.groups_are_compared(experiment.group_size, "set Experiment.group_size to 2 or more")
