@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mlrl.models.transformer import Transformer, causal_mask, empty_caches, row_positions, widen_caches
+from mlrl.models.transformer import Transformer, widen_caches
 from mlrl.sampling import Sampling, draw_tokens, top_k_filter, top_p_filter
-from mlrl.scoring import log_distribution
+from mlrl.scoring import log_distribution, prefill
 from mlrl.types import Array, Params, Prompts, Rollout, require_whole
 
 
@@ -56,15 +56,10 @@ def generate(
         token = draw_tokens(jax.vmap(lambda k: jax.random.fold_in(k, t))(row_keys), log_p, greedy=greedy)
         return token, jnp.take_along_axis(log_p, token[:, None], axis=1)[:, 0], jnp.isin(token, eos)
 
-    hidden, caches = apply(
-        prompts.tokens,
-        row_positions(prompts.valid),
-        causal_mask(prompts.valid),
-        empty_caches(model.config, n, width),
-    )
+    last, caches = prefill(model, params, prompts)
     caches = widen_caches(caches, group_size, steps)
     prompt_valid, prompt_lengths = each(prompts.valid), each(jnp.sum(prompts.valid, axis=1, dtype=jnp.int32))
-    token, log_prob, done = choose(each(hidden[:, -1]), 0)
+    token, log_prob, done = choose(each(last), 0)
     write = lambda buffer, column, t: lax.dynamic_update_slice(buffer, column[:, None], (0, t))  # noqa: E731
     tokens = write(jnp.full((rows, steps), pad_id, jnp.int32), token, 0)
     log_probs = write(jnp.zeros((rows, steps), jnp.float32), log_prob, 0)

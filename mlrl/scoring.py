@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from mlrl.models.transformer import Transformer, causal_mask, row_positions
-from mlrl.types import Array, Params, Rollout, Scores
+from mlrl.models.attention import Cache
+from mlrl.models.transformer import Transformer, causal_mask, empty_caches, row_positions, widen_caches
+from mlrl.types import Array, Params, Prompts, Rollout, Scores
 
 
 def log_distribution(logits: Array, temperature: float) -> Array:
@@ -44,13 +47,111 @@ def score(model: Transformer, params: Params, rollout: Rollout, *, temperature: 
       with_logits: also gives logits / temperature, [B,L,V], for losses over whole distributions.
     Returns: Scores, each [B,L] float32, 0 where not valid.
     """
-    rollout_length = rollout.tokens.shape[1]
     first_column = max(1, first_column)
-    apply = lambda *args, **kwargs: model.apply({"params": params}, *args, **kwargs)  # noqa: E731
     seen = (rollout.tokens, row_positions(rollout.valid), causal_mask(rollout.valid))
-    in_which_chosen = lambda hidden: hidden[:, first_column - 1 : -1]  # noqa: E731  the states before scored tokens
-    before = in_which_chosen(apply(*seen)[0])
-    tokens = rollout.tokens[:, first_column:]
+    # The states in which the scored tokens were chosen.
+    states = lambda trunk: model.apply({"params": params}, *seen, method=trunk)[0][:, first_column - 1 : -1]  # noqa: E731
+    return _scores(model, params, rollout, states, temperature=temperature, first_column=first_column,
+                   chunk_columns=chunk_columns, with_logits=with_logits)  # fmt: skip
+
+
+class Prefix(NamedTuple):
+    """Prompts that a trunk has read, for the rows that begin with them.
+
+    last    [N,D] the hidden state of the last prompt column
+    caches  the prompts' keys and values, a pair a layer; see attention.Cache
+    """
+
+    last: Array
+    caches: tuple[Cache, ...]
+
+
+def prefill(model: Transformer, params: Params, prompts: Prompts, trunk: Callable = Transformer.__call__) -> Prefix:
+    """Reads every prompt once. Differentiable in `params`.
+
+    Args:
+      prompts: [N,P].
+      trunk: Transformer.__call__ for the policy's, Transformer.critic_hidden for the critic's.
+    """
+    depth = model.config.critic_layers if trunk is Transformer.critic_hidden else model.config.layers
+    caches = empty_caches(dataclasses.replace(model.config, layers=depth), *prompts.tokens.shape)
+    seen = (prompts.tokens, row_positions(prompts.valid), causal_mask(prompts.valid), caches)
+    hidden, caches = model.apply({"params": params}, *seen, method=trunk)
+    return Prefix(hidden[:, -1], caches)
+
+
+class Forward(NamedTuple):
+    """The learner's forward pass in two parts: what is done once for the prompts, and what for each of their rows.
+
+    prepare  (model, params, prompts [N,P]) -> context; differentiated once, however many micro-batches use it
+    score    (model, context, prompts, rollout, **settings) -> Scores, settings as those of `score`
+    """
+
+    prepare: Callable[..., Any]
+    score: Callable[..., Scores]
+
+
+def whole_rows() -> Forward:
+    """Every row is read whole, its prompt too: for rollouts whose rows do not begin with their prompt's columns."""
+
+    def score_(model: Transformer, params: Params, prompts: Prompts, rollout: Rollout, **settings: Any) -> Scores:
+        return score(model, params, rollout, first_column=prompts.tokens.shape[1], **settings)
+
+    return Forward(lambda model, params, prompts: params, score_)
+
+
+def shared_prompts() -> Forward:
+    """Every prompt is read once for all of its rows, which attend to its keys and values.
+
+    Equal to `whole_rows` in value and gradient (to rounding): gradients of a group's rows add up in the prompt's keys
+    and values and go through the prompt once. G rows of P + T columns cost P + G * (T - 1) columns of the trunk,
+    not G * (P + T).
+
+    Rows must begin with the columns of prompt `rollout.group`; a row that does not is scored NaN.
+    """
+
+    def prepare(model: Transformer, params: Params, prompts: Prompts) -> tuple[Params, dict[Callable, Prefix]]:
+        trunks = {"policy": Transformer.__call__} | (
+            {"critic": Transformer.critic_hidden} if model.config.critic_layers else {})  # fmt: skip
+        return params, {name: prefill(model, params, prompts, trunk) for name, trunk in trunks.items()}
+
+    def score_(model: Transformer, context: Any, prompts: Prompts, rollout: Rollout, **settings: Any) -> Scores:
+        params, prefixes = context
+        width, mine = prompts.tokens.shape[1], rollout.group
+        # The last token is chosen, and nothing after it: it need not be read.
+        tokens, columns = rollout.tokens[:, width:-1], rollout.tokens.shape[1] - width - 1
+        positions = row_positions(rollout.valid)[:, width:-1]
+        mask = causal_mask(rollout.valid[:, :-1], first_column=width)
+
+        def states(trunk: Callable) -> Array:
+            prefix = prefixes["critic" if trunk is Transformer.critic_hidden else "policy"]
+            caches = jax.tree.map(lambda x: x[mine], prefix.caches)
+            seen = (tokens, positions, mask, widen_caches(caches, 1, columns), width)
+            before = prefix.last[mine][:, None]
+            if not columns:
+                return before
+            return jnp.concatenate([before, model.apply({"params": params}, *seen, method=trunk)[0]], axis=1)
+
+        same = begin_with_prompts(prompts, rollout)
+        scores = _scores(model, params, rollout, states, first_column=width, **settings)
+        return jax.tree.map(lambda x: jnp.where(same.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.nan), scores)
+
+    return Forward(prepare, score_)
+
+
+def begin_with_prompts(prompts: Prompts, rollout: Rollout) -> Array:
+    """Which rows begin with the columns of prompt `rollout.group`: [B] bool."""
+    width, mine = prompts.tokens.shape[1], rollout.group
+    valid = rollout.valid[:, :width]
+    same = (rollout.tokens[:, :width] == prompts.tokens[mine]) | ~valid
+    return jnp.all(same & (valid == prompts.valid[mine]), axis=1)
+
+
+def _scores(model: Transformer, params: Params, rollout: Rollout, states: Callable[[Callable], Array], *,
+            first_column: int, temperature: float = 1.0, chunk_columns: int = 0, with_logits: bool = False) -> Scores:  # fmt: skip
+    """Scores of the columns from `first_column`, of a trunk's states before each of them: states(trunk) [B,*,D]."""
+    apply = lambda *args, **kwargs: model.apply({"params": params}, *args, **kwargs)  # noqa: E731
+    before, tokens = states(Transformer.__call__), rollout.tokens[:, first_column:]
 
     def head(before_chunk: Array, token_chunk: Array) -> tuple[Array, Array]:
         log_p = log_distribution(apply(before_chunk, method=Transformer.logits), temperature)
@@ -60,16 +161,15 @@ def score(model: Transformer, params: Params, rollout: Rollout, *, temperature: 
     log_probs, entropy = _in_chunks(head, before, tokens, chunk_columns)
     values = jnp.zeros_like(log_probs)
     if model.config.critic_layers:
-        before_by_critic = in_which_chosen(apply(*seen, method=Transformer.critic_hidden))
-        values = apply(before_by_critic, method=Transformer.values)
+        values = apply(states(Transformer.critic_hidden), method=Transformer.values)
     elif model.config.value_head:
         values = apply(before, method=Transformer.values)
     scored = rollout.valid[:, first_column:]
-    widen = lambda x: jnp.pad(jnp.where(scored, x, 0.0), ((0, 0), (rollout_length - x.shape[1], 0)))  # noqa: E731
+    widen = lambda x: jnp.pad(jnp.where(scored, x, 0.0), ((0, 0), (first_column, 0)))  # noqa: E731
     logits = ()
     if with_logits:
         whole = apply(before, method=Transformer.logits) / (temperature or 1.0)
-        logits = jnp.pad(whole, ((0, 0), (rollout_length - whole.shape[1], 0), (0, 0)))
+        logits = jnp.pad(whole, ((0, 0), (first_column, 0), (0, 0)))
     return Scores(log_probs=widen(log_probs), entropy=widen(entropy), values=widen(values), logits=logits)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ from mlrl.types import (
     require_whole,
 )
 
-ScoreFn = Callable[[Params, Rollout], Scores]
+ScoreFn = Callable[[Any, Rollout], Scores]
 
 
 def computed_alone(function: Callable[[], Array]) -> Array:
@@ -54,6 +55,11 @@ def fields_read(function: Callable, *args: Any) -> set[str]:
     return {name(path) for (path, _), is_used in zip(leaves, used) if is_used}
 
 
+def itself(params: Params) -> Params:
+    """Nothing is prepared."""
+    return params
+
+
 def total_loss(losses: Sequence[LossFn], scores: Scores, batch: Batch) -> tuple[Array, Metrics]:
     """The sum of the losses, and their metrics together."""
     total, metrics = jnp.float32(0.0), {}
@@ -64,32 +70,71 @@ def total_loss(losses: Sequence[LossFn], scores: Scores, batch: Batch) -> tuple[
 
 
 def gradients(params: Params, batch: Batch, *, score_fn: ScoreFn, losses: Sequence[LossFn],
-              micro_batch_rows: int = 0) -> tuple[Params, Metrics]:  # fmt: skip
+              prepare: Callable[[Params], Any] = itself, micro_batch_rows: int = 0,
+              bucket_columns: Sequence[int] = (), unit_rows: int = 1) -> tuple[Params, Metrics]:  # fmt: skip
     """Gradient of the loss over a minibatch, accumulated over micro-batches.
 
     Losses and metrics are plain sums of weighted terms, and the weights were made over the whole minibatch; so the
-    sum over micro-batches *is* the minibatch's value, whatever their number. fp32 accumulation.
+    sum over micro-batches *is* the minibatch's value, whatever their number and the order of the rows. fp32
+    accumulation.
 
     Args:
       batch: rows of one minibatch, with weights.
+      score_fn: (prepare(params), rollout) -> Scores.
+      prepare: done once for all micro-batches, and differentiated once, at the sum of their gradients.
       micro_batch_rows: rows of a forward and backward pass; 0: all of them.
+      bucket_columns: the widths to which rows may be cut, ascending; the last is at least L. With micro-batches, rows
+        are sorted by length, and each micro-batch is cut to the least width that holds it. (): never cut.
+      unit_rows: consecutive rows that stay together; see `update`.
     """
 
-    def loss(params: Params, rows: Batch) -> tuple[Array, Metrics]:
-        scores = score_fn(params, rows.rollout).check()
+    def loss(context: Any, rows: Batch) -> tuple[Array, Metrics]:
+        scores = score_fn(context, rows.rollout).check()
         value, metrics = total_loss(losses, scores, rows)
         entropy = jnp.sum(rows.token_weights * jnp.where(rows.mask, jax.lax.stop_gradient(scores.entropy), 0.0))
         return value, metrics | {"loss": value, "entropy": entropy}
 
-    grad_fn = jax.grad(loss, has_aux=True)
+    context, back_to_params = jax.vjp(prepare, params)
+    grad_fn = in_buckets(functools.partial(jax.grad(loss, has_aux=True), context), bucket_columns)
     rows = batch.mask.shape[0]
     if micro_batch_rows in (0, rows):
-        return grad_fn(params, batch)
+        grads, metrics = grad_fn(batch)
+        return back_to_params(grads)[0], metrics
+    if len(bucket_columns) > 1:
+        longest = jnp.max(columns_needed(batch).reshape(-1, unit_rows), axis=1)
+        batch = _in_order(batch, jnp.argsort(longest), unit_rows)
     pieces = _split(batch, rows // micro_batch_rows)
-    shape = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], pieces))
+    shape = jax.eval_shape(grad_fn, jax.tree.map(lambda x: x[0], pieces))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
-    add = lambda total, piece: (jax.tree.map(jnp.add, total, grad_fn(params, split_rows(piece))), None)  # noqa: E731
-    return jax.lax.scan(add, zeros, pieces)[0]
+    add = lambda total, piece: (jax.tree.map(jnp.add, total, grad_fn(split_rows(piece))), None)  # noqa: E731
+    grads, metrics = jax.lax.scan(add, zeros, pieces)[0]
+    return back_to_params(grads)[0], metrics
+
+
+def columns_needed(batch: Batch) -> Array:
+    """One more than the last column of a row that holds a token, [B] int32."""
+    valid = batch.rollout.valid
+    return jnp.max(jnp.where(valid, jnp.arange(1, valid.shape[1] + 1), 0), axis=1)
+
+
+def in_buckets(function: Callable[[Batch], Any], bucket_columns: Sequence[int]) -> Callable[[Batch], Any]:
+    """`function` of the rows cut on the right to the least of `bucket_columns` that holds all their tokens.
+
+    One program for each width, of which one runs (`lax.switch`): shapes stay static. What is cut off is padding, so the
+    result is the same to rounding.
+    """
+    if len(bucket_columns) < 2:
+        return function
+
+    def cut(batch: Batch, columns: int) -> Batch:
+        return jax.tree.map(lambda x: x[:, :columns] if x.ndim > 1 else x, batch)
+
+    def call(batch: Batch) -> Any:
+        bucket = jnp.searchsorted(jnp.asarray(bucket_columns), jnp.max(columns_needed(batch)))
+        branches = [lambda rows, columns=columns: function(cut(rows, columns)) for columns in bucket_columns]
+        return jax.lax.switch(bucket, branches, batch)
+
+    return call
 
 
 def update(
@@ -103,7 +148,9 @@ def update(
     optimizer: optax.GradientTransformation,
     minibatches: int = 1,
     epochs: int = 1,
+    prepare: Callable[[Params], Any] = itself,
     micro_batch_rows: int = 0,
+    bucket_columns: Sequence[int] = (),
     unit_rows: int = 1,
 ) -> tuple[TrainState, Metrics]:
     """`epochs` passes over the batch in `minibatches` optimizer steps each.
@@ -114,8 +161,8 @@ def update(
     Args:
       batch: B rows; `mask` is final, `weights` and `token_weights` are made here, over each whole minibatch.
       key: for the shuffles.
-      score_fn: (params, rollout) -> Scores, the learner's forward pass.
-      micro_batch_rows: rows of one forward and backward pass; 0: the whole minibatch.
+      score_fn: (prepare(params), rollout) -> Scores, the learner's forward pass.
+      prepare, micro_batch_rows, bucket_columns: see `gradients`.
       unit_rows: consecutive rows that stay together in every shuffle and split: the rows of a group, for a loss that
         compares them; 1 for any other.
     Returns: the state after the last optimizer step, and metrics averaged over the optimizer steps.
@@ -127,17 +174,17 @@ def update(
     def optimizer_step(state: TrainState, rows: Batch) -> tuple[TrainState, Metrics]:
         rows = split_rows(rows)
         rows = rows.replace(weights=reduction(rows.mask), token_weights=reductions.token_mean(rows.mask))
-        grads, metrics = gradients(state.params, rows, score_fn=score_fn, losses=losses,
-                                   micro_batch_rows=micro_batch_rows)  # fmt: skip
+        grads, metrics = gradients(state.params, rows, score_fn=score_fn, losses=losses, prepare=prepare,
+                                   micro_batch_rows=micro_batch_rows, bucket_columns=bucket_columns,
+                                   unit_rows=unit_rows)  # fmt: skip
         return apply_gradients(state, grads, metrics, optimizer)
 
     def epoch(state: TrainState, key: Array) -> tuple[TrainState, Metrics]:
         if minibatches == 1:
             state, metrics = optimizer_step(state, batch)
             return state, jax.tree.map(lambda x: x[None], metrics)
-        units = jax.random.permutation(key, rows // unit_rows)
-        order = (units[:, None] * unit_rows + jnp.arange(unit_rows)).reshape(rows)
-        return jax.lax.scan(optimizer_step, state, _split(jax.tree.map(lambda x: x[order], batch), minibatches))
+        shuffled = _in_order(batch, jax.random.permutation(key, rows // unit_rows), unit_rows)
+        return jax.lax.scan(optimizer_step, state, _split(shuffled, minibatches))
 
     if epochs == 1:
         state, metrics = epoch(state, key)
@@ -176,6 +223,12 @@ def check_division(rows: int, minibatches: int, micro_batch_rows: int, unit_rows
         if count % unit_rows:
             raise Refused(f"a loss compares the {unit_rows} rows of a group, and a {name} of {count} rows does not "
                           f"hold whole groups: change minibatches or micro_batch_rows to get a multiple of {unit_rows}")
+
+
+def _in_order(batch: Batch, units: Array, unit_rows: int) -> Batch:
+    """The batch with its units of consecutive rows in another order."""
+    order = (units[:, None] * unit_rows + jnp.arange(unit_rows)).reshape(-1)
+    return jax.tree.map(lambda x: x[order], batch)
 
 
 def _split(tree: Any, pieces: int) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from mlrl import advantages, controllers, curricula, meshes, optimizers, reductions, runs, scoring, selection
@@ -61,6 +62,9 @@ class Experiment:
     select_fn       Batch -> rows that stay in the loss
     reduction       mask -> weights: what "mean" means, over a whole minibatch
     old_log_probs   the ratio's denominator: as recorded by the sampler, or recomputed
+    length_buckets  widths of completions, in tokens, ascending: micro-batches are filled by length and cut to the least
+                    of these that holds them; the last must hold all. (): every micro-batch is as wide as the rollout
+    forward         how the learner reads rows: each prompt once for its whole group, or every row whole
     optimizer       an optax transformation
     curriculum      sampling weights over the task's sources
     refill_fn       Batch -> rows worth learning from; prompts none of whose rows are make room for new prompts,
@@ -92,6 +96,8 @@ class Experiment:
     minibatches: int = 1
     epochs: int = 1
     micro_batch_rows: int = 0
+    length_buckets: tuple[int, ...] = ()
+    forward: scoring.Forward = scoring.shared_prompts()
     score_chunk_columns: int = 0
     start: StartFn = random_parameters
     reference: Reference = own_start()
@@ -157,6 +163,7 @@ def prepare(experiment: Experiment) -> Parts:
         parts = dataclasses.replace(parts, unit_rows=experiment.group_size)
         checks.rows_divide(experiment, experiment.prompts_per_step * experiment.group_size, parts.unit_rows)
     checks.sampling_fits(experiment.sampling, experiment.old_log_probs, reads)
+    checks.buckets_cover(experiment.length_buckets, rollout.tokens.shape[1] - prompts.tokens.shape[1])
     checks.refill_fits(experiment, parts.reward.in_graph)
     jax.eval_shape(functools.partial(learn, parts), abstract_state(parts), prompts, rollout, rewards)
     return parts
@@ -234,8 +241,9 @@ def learn(parts: Parts, state: TrainState, prompts: Prompts, rollout: Rollout,
           rewards: Rewards) -> tuple[TrainState, Metrics, Batch]:  # fmt: skip
     """Annotate the rows, credit their tokens, and update: the state of the next step, metrics, and the rows."""
     experiment = parts.experiment
-    score_rows = functools.partial(stages.score, parts, prompts.tokens.shape[1])
+    prepare, score = stages.forward(parts, prompts)
     losses, advantage_fn = stages.bound(parts, state.controllers)
+    score_rows = lambda model, params, rows, **more: score(model, prepare(model, params), rows, **more)  # noqa: E731
     batch = stages.annotate(parts, state, unannotated(rollout, rewards), score_rows)
     credit, returns = advantage_fn(batch)
     batch = batch.replace(advantages=credit, returns=returns)
@@ -243,12 +251,15 @@ def learn(parts: Parts, state: TrainState, prompts: Prompts, rollout: Rollout,
     with_logits = "Scores.logits" in parts.reads
     state, metrics = update(
         state, batch, stages.step_key(state, 1),
-        score_fn=lambda params, rows: score_rows(parts.model, params, rows, with_logits=with_logits), losses=losses,
+        prepare=functools.partial(prepare, parts.model), losses=losses,
+        score_fn=lambda context, rows: score(parts.model, context, rows, with_logits=with_logits),
         reduction=experiment.reduction, optimizer=experiment.optimizer, minibatches=experiment.minibatches,
         epochs=experiment.epochs, micro_batch_rows=experiment.micro_batch_rows, unit_rows=parts.unit_rows,
+        bucket_columns=[prompts.tokens.shape[1] + tokens for tokens in experiment.length_buckets],
     )  # fmt: skip
     metrics |= step_metrics(batch) | reference_metrics(batch, parts.reads) | value_metrics(batch, parts.reads)
     metrics |= controllers.as_metrics(state.controllers)
+    metrics["off_prompt_share"] = 1.0 - jnp.mean(scoring.begin_with_prompts(prompts, rollout))
     rows = prompts_lib.repeat(prompts, experiment.group_size)
     state = state.replace(
         step=state.step + 1, curriculum=experiment.curriculum.update(state.curriculum, rows, batch),

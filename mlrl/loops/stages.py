@@ -73,6 +73,18 @@ def score(parts: Parts, prompt_columns: int, model: Transformer, params: Params,
     )  # fmt: skip
 
 
+def forward(parts: Any, prompts: Prompts) -> scoring.Forward:
+    """The online loop's forward pass of rows of these prompts: prepare(model, params), score(model, context, rollout).
+    """
+    experiment = parts.experiment
+    settings = {"temperature": experiment.sampling.temperature, "chunk_columns": experiment.score_chunk_columns}
+    return scoring.Forward(
+        lambda model, params: experiment.forward.prepare(model, params, prompts),
+        lambda model, context, rollout, **more: experiment.forward.score(
+            model, context, prompts, rollout, **settings, **more),
+    )  # fmt: skip
+
+
 def annotate(parts: Parts, state: TrainState, batch: Batch, score: ScoreFn) -> Batch:
     """Adds what models say of the rows before the update, as far as anything reads it."""
     current = lambda rollout: score(parts.model, state.params, rollout)  # noqa: E731

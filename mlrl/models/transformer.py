@@ -191,9 +191,10 @@ class Transformer(nn.Module):
         logits = self.embedding.attend(hidden) if self.config.tied_head else self.head(hidden)
         return soft_cap(logits.astype(jnp.float32), self.config.logits_cap)
 
-    def critic_hidden(self, tokens: Array, positions: Array, mask: Array) -> Array:
-        """Hidden states of the critic's trunk [B,L,D], from what the policy's saw; needs Config.critic_layers."""
-        return self.critic(tokens, positions, mask)[0]
+    def critic_hidden(self, tokens: Array, positions: Array, mask: Array, caches: tuple[Cache, ...] = (),
+                      column: Array | int = 0) -> tuple[Array, tuple[Cache, ...]]:  # fmt: skip
+        """As `__call__`, but of the critic's trunk, whose caches are its own; needs Config.critic_layers."""
+        return self.critic(tokens, positions, mask, caches, column)
 
     def values(self, hidden: Array) -> Array:
         """Hidden states [...,D] of the trunk under the value head to estimates of the return [...], fp32.
@@ -207,7 +208,7 @@ class Transformer(nn.Module):
     def everything(self, tokens: Array, positions: Array, mask: Array):
         """Runs every parameter once; what `initialize` traces."""
         hidden, _ = self(tokens, positions, mask)
-        seen = self.critic_hidden(tokens, positions, mask) if self.config.critic_layers else hidden
+        seen = self.critic_hidden(tokens, positions, mask)[0] if self.config.critic_layers else hidden
         return self.logits(hidden), self.values(seen) if self.config.value_head else ()
 
 
@@ -265,10 +266,13 @@ def row_positions(valid: Array) -> Array:
     return jnp.maximum(jnp.cumsum(valid.astype(jnp.int32), axis=1) - 1, 0)
 
 
-def causal_mask(valid: Array) -> Array:
-    """Which columns a token may look at: valid ones up to its own. valid [B,L] bool -> [B,L,L] bool."""
+def causal_mask(valid: Array, *, first_column: int = 0) -> Array:
+    """Which columns a token may look at: valid ones up to its own. valid [B,L] bool -> [B,L,L] bool.
+
+    With `first_column`, only the tokens from that column on look: [B,L-first_column,L].
+    """
     length = valid.shape[1]
-    return jnp.tril(jnp.ones((length, length), bool))[None] & valid[:, None, :]
+    return jnp.tril(jnp.ones((length, length), bool))[None, first_column:] & valid[:, None, :]
 
 
 def parameter_count(config: Config) -> int:
