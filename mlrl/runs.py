@@ -167,9 +167,9 @@ class Run:
         return results
 
     def _require_sense(self, step: int, values: dict[str, float], batch: Batch) -> None:
-        """Stops a run whose updates are not finite, or whose rewards are missing."""
-        if values["bad_updates"] and values.get("off_prompt_share", 0.0) > 0:
-            raise Stopped(f"step {step}: {values['off_prompt_share']:.0%} of the rows do not begin with their prompt's "
+        """Stops a run whose updates are not finite, or whose rewards or rows are missing."""
+        if values.get("unreadable_share", 0.0) > 0:
+            raise Stopped(f"step {step}: {values['unreadable_share']:.0%} of the rows do not begin with their prompt's "
                           "columns, so their prompts cannot be read once for the group: set Experiment.forward = "
                           "@scoring.whole_rows()")  # fmt: skip
         if values["bad_updates"] >= self.recording.max_bad_updates:

@@ -83,12 +83,14 @@ def prefill(model: Transformer, params: Params, prompts: Prompts, trunk: Callabl
 class Forward(NamedTuple):
     """The learner's forward pass in two parts: what is done once for the prompts, and what for each of their rows.
 
-    prepare  (model, params, prompts [N,P]) -> context; differentiated once, however many micro-batches use it
-    score    (model, context, prompts, rollout, **settings) -> Scores, settings as those of `score`
+    prepare   (model, params, prompts [N,P]) -> context; differentiated once, however many micro-batches use it
+    score     (model, context, prompts, rollout, **settings) -> Scores, settings as those of `score`
+    readable  (prompts, rollout) -> the rows that can be read this way, [B] bool; what others are scored means nothing
     """
 
     prepare: Callable[..., Any]
     score: Callable[..., Scores]
+    readable: Callable[[Prompts, Rollout], Array]
 
 
 def whole_rows() -> Forward:
@@ -97,7 +99,8 @@ def whole_rows() -> Forward:
     def score_(model: Transformer, params: Params, prompts: Prompts, rollout: Rollout, **settings: Any) -> Scores:
         return score(model, params, rollout, first_column=prompts.tokens.shape[1], **settings)
 
-    return Forward(lambda model, params, prompts: params, score_)
+    every_row = lambda prompts, rollout: jnp.ones(rollout.group.shape, bool)  # noqa: E731
+    return Forward(lambda model, params, prompts: params, score_, every_row)
 
 
 def shared_prompts() -> Forward:
@@ -107,7 +110,7 @@ def shared_prompts() -> Forward:
     and values and go through the prompt once. G rows of P + T columns cost P + G * (T - 1) columns of the trunk,
     not G * (P + T).
 
-    Rows must begin with the columns of prompt `rollout.group`; a row that does not is scored NaN.
+    Rows must begin with the columns of prompt `rollout.group`; the others are not readable.
     """
 
     def prepare(model: Transformer, params: Params, prompts: Prompts) -> tuple[Params, dict[Callable, Prefix]]:
@@ -132,11 +135,9 @@ def shared_prompts() -> Forward:
                 return before
             return jnp.concatenate([before, model.apply({"params": params}, *seen, method=trunk)[0]], axis=1)
 
-        same = begin_with_prompts(prompts, rollout)
-        scores = _scores(model, params, rollout, states, first_column=width, **settings)
-        return jax.tree.map(lambda x: jnp.where(same.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.nan), scores)
+        return _scores(model, params, rollout, states, first_column=width, **settings)
 
-    return Forward(prepare, score_)
+    return Forward(prepare, score_, begin_with_prompts)
 
 
 def begin_with_prompts(prompts: Prompts, rollout: Rollout) -> Array:
@@ -148,7 +149,8 @@ def begin_with_prompts(prompts: Prompts, rollout: Rollout) -> Array:
 
 
 def _scores(model: Transformer, params: Params, rollout: Rollout, states: Callable[[Callable], Array], *,
-            first_column: int, temperature: float = 1.0, chunk_columns: int = 0, with_logits: bool = False) -> Scores:  # fmt: skip
+            first_column: int, temperature: float = 1.0, chunk_columns: int = 0,
+            with_logits: bool = False) -> Scores:  # fmt: skip
     """Scores of the columns from `first_column`, of a trunk's states before each of them: states(trunk) [B,*,D]."""
     apply = lambda *args, **kwargs: model.apply({"params": params}, *args, **kwargs)  # noqa: E731
     before, tokens = states(Transformer.__call__), rollout.tokens[:, first_column:]

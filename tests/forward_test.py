@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlrl import batches, meshes, reductions, scoring, updates
+from mlrl import batches, meshes, reductions, runs, scoring, updates
 from mlrl.generation import generate
 from mlrl.loops import online
 from mlrl.losses import policy, values
@@ -128,19 +128,19 @@ def test_a_prompt_read_once_costs_less():
     assert flops(FORWARDS["shared"]) / flops(FORWARDS["whole"]) == pytest.approx(columns, rel=0.15)
 
 
-def test_rows_that_do_not_begin_with_their_prompt_are_not_scored_at_all():
-    model, params, prompts, batch = rows(CONFIG)
-    moved = batch.rollout.replace(tokens=batch.rollout.tokens.at[5, P - 1].add(1))
-    shared = FORWARDS["shared"]
-    score = lambda p, rollout: shared.score(model, shared.prepare(model, p, prompts), prompts, rollout)
-    scores = jax.jit(score)(params, moved)
-    wrong = np.isnan(np.asarray(scores.log_probs)).all(axis=1)
-    assert wrong.tolist() == [row == 5 for row in range(N * G)]
+def test_rows_that_do_not_begin_with_their_prompt_are_not_readable():
+    _, _, prompts, batch = rows(CONFIG)
+    rollout = batch.rollout
+    other_token = rollout.replace(tokens=rollout.tokens.at[5, P - 1].add(1))
+    other_padding = rollout.replace(tokens=rollout.tokens.at[9, 0].add(1))
+    other_length = rollout.replace(valid=rollout.valid.at[7, 0].set(~rollout.valid[7, 0]))
+    for changed, row in ((other_token, 5), (other_length, 7), (other_padding, -1)):
+        for name, forward in FORWARDS.items():
+            found = forward.readable(prompts, changed).tolist()
+            assert found == [not (name == "shared" and b == row) for b in range(N * G)]
 
 
 def test_a_run_whose_rows_do_not_begin_with_their_prompt_stops_and_says_what_to_set(tmp_path):
-    from mlrl import runs
-
     def shifted(*args, **kwargs):
         rollout = worlds.ROLLOUT(*args, **kwargs)
         return rollout.replace(tokens=jnp.roll(rollout.tokens, 1, axis=1))
@@ -148,6 +148,9 @@ def test_a_run_whose_rows_do_not_begin_with_their_prompt_stops_and_says_what_to_
     experiment = worlds.sums(rollout_fn=shifted, evaluations=(), num_steps=1)
     with runs.Run(tmp_path, experiment.recording) as run, pytest.raises(runs.Stopped, match="@scoring.whole_rows"):
         online.train(experiment, run)
+    assert run._state.step == 1 and jax.tree.all(jax.tree.map(
+        np.array_equal, run._state.params, online.initial_state(online.prepare(experiment)).params
+    )), "something was learned from rows that could not be read"  # fmt: skip
 
 
 @pytest.mark.parametrize("buckets, words", [((1, 2), "add 3"), ((2, 1, 3), "ascending"), ((0, 3), "at least 1")])

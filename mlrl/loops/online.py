@@ -241,13 +241,14 @@ def learn(parts: Parts, state: TrainState, prompts: Prompts, rollout: Rollout,
           rewards: Rewards) -> tuple[TrainState, Metrics, Batch]:  # fmt: skip
     """Annotate the rows, credit their tokens, and update: the state of the next step, metrics, and the rows."""
     experiment = parts.experiment
-    prepare, score = stages.forward(parts, prompts)
+    prepare, score, readable = stages.forward(parts, prompts)
     losses, advantage_fn = stages.bound(parts, state.controllers)
     score_rows = lambda model, params, rows, **more: score(model, prepare(model, params), rows, **more)  # noqa: E731
     batch = stages.annotate(parts, state, unannotated(rollout, rewards), score_rows)
     credit, returns = advantage_fn(batch)
     batch = batch.replace(advantages=credit, returns=returns)
-    batch = batch.replace(mask=batch.mask & experiment.select_fn(batch)[:, None])
+    can_be_read = readable(rollout)
+    batch = batch.replace(mask=batch.mask & (experiment.select_fn(batch) & can_be_read)[:, None])
     with_logits = "Scores.logits" in parts.reads
     state, metrics = update(
         state, batch, stages.step_key(state, 1),
@@ -259,7 +260,7 @@ def learn(parts: Parts, state: TrainState, prompts: Prompts, rollout: Rollout,
     )  # fmt: skip
     metrics |= step_metrics(batch) | reference_metrics(batch, parts.reads) | value_metrics(batch, parts.reads)
     metrics |= controllers.as_metrics(state.controllers)
-    metrics["off_prompt_share"] = 1.0 - jnp.mean(scoring.begin_with_prompts(prompts, rollout))
+    metrics["unreadable_share"] = 1.0 - jnp.mean(can_be_read)
     rows = prompts_lib.repeat(prompts, experiment.group_size)
     state = state.replace(
         step=state.step + 1, curriculum=experiment.curriculum.update(state.curriculum, rows, batch),

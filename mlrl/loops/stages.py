@@ -74,7 +74,8 @@ def score(parts: Parts, prompt_columns: int, model: Transformer, params: Params,
 
 
 def forward(parts: Any, prompts: Prompts) -> scoring.Forward:
-    """The online loop's forward pass of rows of these prompts: prepare(model, params), score(model, context, rollout).
+    """The online loop's forward pass of rows of these prompts: prepare(model, params),
+    score(model, context, rollout), readable(rollout).
     """
     experiment = parts.experiment
     settings = {"temperature": experiment.sampling.temperature, "chunk_columns": experiment.score_chunk_columns}
@@ -82,6 +83,7 @@ def forward(parts: Any, prompts: Prompts) -> scoring.Forward:
         lambda model, params: experiment.forward.prepare(model, params, prompts),
         lambda model, context, rollout, **more: experiment.forward.score(
             model, context, prompts, rollout, **settings, **more),
+        lambda rollout: experiment.forward.readable(prompts, rollout),
     )  # fmt: skip
 
 
