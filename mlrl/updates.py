@@ -12,6 +12,7 @@ from jax.interpreters import partial_eval
 
 from mlrl import reductions
 from mlrl.meshes import split_rows
+from mlrl.models.lora import join
 from mlrl.optimizers import current_learning_rate
 from mlrl.types import (
     Array,
@@ -114,7 +115,8 @@ def update(
     Args:
       batch: B rows; `mask` is final, `weights` and `token_weights` are made here, over each whole minibatch.
       key: for the shuffles.
-      score_fn: (params, rollout) -> Scores, the learner's forward pass.
+      score_fn: (params, rollout) -> Scores, the learner's forward pass; its params are the trained ones together with
+        those in state.frozen, of which no gradient is taken.
       micro_batch_rows: rows of one forward and backward pass; 0: the whole minibatch.
       unit_rows: consecutive rows that stay together in every shuffle and split: the rows of a group, for a loss that
         compares them; 1 for any other.
@@ -123,11 +125,13 @@ def update(
     """
     rows = batch.check().mask.shape[0]
     check_division(rows, minibatches, micro_batch_rows, unit_rows)
+    frozen, state = state.frozen, state.replace(frozen=())  # what never changes is not carried from step to step
+    score_whole = lambda params, rollout: score_fn(join(frozen, params), rollout)  # noqa: E731
 
     def optimizer_step(state: TrainState, rows: Batch) -> tuple[TrainState, Metrics]:
         rows = split_rows(rows)
         rows = rows.replace(weights=reduction(rows.mask), token_weights=reductions.token_mean(rows.mask))
-        grads, metrics = gradients(state.params, rows, score_fn=score_fn, losses=losses,
+        grads, metrics = gradients(state.params, rows, score_fn=score_whole, losses=losses,
                                    micro_batch_rows=micro_batch_rows)  # fmt: skip
         return apply_gradients(state, grads, metrics, optimizer)
 
@@ -144,7 +148,7 @@ def update(
     else:
         state, metrics = jax.lax.scan(epoch, state, jax.random.split(key, epochs))
     metrics = jax.tree.map(jnp.mean, metrics)
-    return state, metrics | {"lr": current_learning_rate(state.opt_state)}
+    return state.replace(frozen=frozen), metrics | {"lr": current_learning_rate(state.opt_state)}
 
 
 def apply_gradients(state: TrainState, grads: Params, metrics: Metrics,
