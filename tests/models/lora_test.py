@@ -20,7 +20,7 @@ from mlrl.scoring import score
 from mlrl.types import Prompts, Refused, Rollout
 
 F32 = jnp.dtype("float32")
-TINY = dict(vocabulary_size=11, width=12, layers=2, heads=4, kv_heads=2, head_width=6, mlp_width=10)
+TINY = dict(vocabulary_size=11, width=12, layers=1, heads=4, kv_heads=2, head_width=6, mlp_width=10)
 ADAPTERS = dict(lora_rank=3, lora_alpha=6.0)
 LORA = Config(**TINY, **ADAPTERS, value_head=True)
 MODEL = Transformer(LORA)
@@ -76,7 +76,7 @@ def test_an_adapter_by_hand():
     assert made["lora_scale"] == 1.5 and not made["lora_b"].any() and made["lora_a"].std() > 0.1
 
 
-@pytest.mark.parametrize("config", [LORA, GPT2, EXPERTS, dataclasses.replace(LORA, param_dtype="int8")])
+@pytest.mark.parametrize("config", [LORA, GPT2, dataclasses.replace(EXPERTS, param_dtype="int8")])
 def test_a_new_adapter_changes_nothing_bit_by_bit(config):
     """Neither the base's first weights nor a logit of them."""
     model = Transformer(config)
@@ -102,9 +102,9 @@ def test_what_is_trained_and_what_is_frozen():
     config = dataclasses.replace(LORA, critic_layers=1, lora_kernels=("qkv", "down"))
     whole = jax.eval_shape(functools.partial(initialize, Transformer(config)), jax.random.key(0))
     trained, frozen = lora.split(whole)
-    assert set(trained) == {"critic", *(f"{part}_{i}" for part in ("attentions", "mlps") for i in range(2))}
-    assert trained["attentions_0"].keys() == {"qkv"} and trained["mlps_1"].keys() == {"down"}
-    assert trained["mlps_1"]["down"].keys() == {"lora_a", "lora_b"}
+    assert set(trained) == {"critic", "attentions_0", "mlps_0"}
+    assert trained["attentions_0"].keys() == {"qkv"} and trained["mlps_0"].keys() == {"down"}
+    assert trained["mlps_0"]["down"].keys() == {"lora_a", "lora_b"}
     assert "lora_a" not in str(trained["critic"]) and frozen["attentions_0"].keys() == {"qkv", "out"}
     flat = [traverse_util.flatten_dict(tree) for tree in (trained, frozen, lora.join(frozen, trained), whole)]
     assert not flat[0].keys() & flat[1].keys() and flat[2].keys() == flat[3].keys()
@@ -121,7 +121,7 @@ def test_gradients_are_those_of_the_whole_kernel_through_the_product():
     found = jit(jax.grad(lambda p: value(MODEL, lora.join(frozen, p))))(trained)
     dense = jit(jax.grad(functools.partial(value, Transformer(config))))(whole)
     checked = 0
-    for module, name in (("attentions_0", "qkv"), ("attentions_1", "out"), ("mlps_0", "gate_up"), ("mlps_1", "down")):
+    for module, name in (("attentions_0", "qkv"), ("attentions_0", "out"), ("mlps_0", "gate_up"), ("mlps_0", "down")):
         a, b, dw = params()[module][name]["lora_a"], params()[module][name]["lora_b"], dense[module][name]["kernel"]
         rank, into = a.shape[-1], a.size // a.shape[-1]
         a, b, dw = a.reshape(into, rank), b.reshape(rank, -1), dw.reshape(into, -1)
@@ -155,19 +155,19 @@ def test_no_gradient_of_a_frozen_kernel_is_computed():
     assert not kernels & products(of_adapters.jaxpr)
 
 
-@pytest.mark.parametrize("config, atol", [
-    (LORA, 2e-5), (GPT2, 2e-5), (EXPERTS, 2e-5), (dataclasses.replace(LORA, param_dtype="bfloat16"), 2e-5),
-    (dataclasses.replace(LORA, param_dtype="int8"), 2e-5), (dataclasses.replace(EXPERTS, param_dtype="int8"), 2e-5),
+@pytest.mark.parametrize("config", [
+    LORA, dataclasses.replace(LORA, param_dtype="bfloat16"), dataclasses.replace(GPT2, param_dtype="int8"),
+    dataclasses.replace(EXPERTS, param_dtype="int8"),
 ])  # fmt: skip
-def test_merged_parameters_say_the_same(config, atol):
+def test_merged_parameters_say_the_same(config):
     whole, merged = lora.merge(params(config), config)
     assert merged == plain(config) and merged.lora_rank == 0 and merged.param_dtype == "float32"
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     first = jax.eval_shape(functools.partial(initialize, Transformer(merged)), jax.random.key(0))
     assert shapes(whole) == shapes(first)
     said = jit(functools.partial(score, Transformer(merged), with_logits=True))(whole, rows())
-    np.testing.assert_allclose(said.logits, told(config).logits, atol=atol)
-    np.testing.assert_allclose(said.values, told(config).values, atol=atol)
+    np.testing.assert_allclose(said.logits, told(config).logits, atol=2e-5)
+    np.testing.assert_allclose(said.values, told(config).values, atol=2e-5)
     assert lora.merge(whole, merged)[0] is whole
 
 
@@ -183,16 +183,17 @@ def test_int8_is_within_half_a_step_of_every_weight():
 
 
 def test_int8_logits_are_near_those_of_the_float_base():
-    """Of this model with weights of a normal initialization; the tolerance is twice what was seen."""
-    whole, config = lora.merge(params(), LORA)
+    """By about 0.02 nats here, of log-probs down to -4. Adapters over it stay as they are: only the base is narrower.
+    """
+    whole, _ = lora.merge(params(), LORA)
     narrow = Transformer(dataclasses.replace(LORA, param_dtype="int8"))
     held = lora.adapted(whole, narrow, jax.random.key(0))
     kernels = {path: x for path, x in traverse_util.flatten_dict(lora.split(held)[1]).items() if "kernel" in path}
     assert {str(x.dtype) for path, x in kernels.items() if path[-1] == "int8"} == {"int8"}
     assert held["embedding"]["embedding"].dtype == held["final_norm"]["scale"].dtype == jnp.bfloat16
     assert held["value"]["kernel"].dtype == held["mlps_0"]["down"]["lora_a"].dtype == F32
-    difference = score(narrow, held, rows()).log_probs - score(Transformer(config), whole, rows()).log_probs
-    assert 1e-4 < jnp.abs(difference).max() < 0.2, float(jnp.abs(difference).max())
+    difference = jit(functools.partial(score, narrow))(held, rows()).log_probs - told().log_probs
+    assert 1e-4 < jnp.abs(difference).max() < 0.05
 
 
 def test_between_forward_and_backward_int8_stays_int8():
