@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import pathlib
+import re
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
@@ -19,15 +20,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from flax import traverse_util
 
 from mlrl.folders import claim_run_folder, config_differences, require_writable
+from mlrl.models import lora
 from mlrl.types import Refused, TrainState
 
 __all__ = ["Manager", "best_step", "claim_run_folder", "close", "config_differences", "latest_step", "open_manager",
-           "restore", "restore_params", "save", "wait"]  # fmt: skip
+           "parameters", "restore", "restore_params", "save", "wait"]  # fmt: skip
 
 _log = logging.getLogger("mlrl")
 _STATE, _LEAVES = "state", "leaves"  # the two items of a step: the arrays, and what they were when saved
+_PARAMETERS = ("params", "frozen")  # the fields of a state that hold the policy's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,24 +158,45 @@ def restore_params(folder: str | os.PathLike, template: Any) -> Any:
 
     Args:
       folder: a run's checkpoints folder.
-      template: parameters as arrays or jax.ShapeDtypeStruct; parts of the saved ones may be left out.
+      template: parameters, frozen ones among them, as arrays or jax.ShapeDtypeStruct; parts of the saved ones may be
+        left out.
 
     Raises:
       Refused: there is no complete checkpoint, or the parameters differ from the template's in path, shape or dtype.
     """
-    step = latest_step(folder)
-    if step is None:
-        raise Refused(f"{folder} holds no complete checkpoint: train that run first, or name another")
-    path = pathlib.Path(folder).absolute() / str(step)
-    wanted = {"params": jax.tree.map(_placed, template)}
-    saved = json.loads((path / _LEAVES / "metadata").read_text())["leaves"]
+    path, saved = _last_saved(folder)
+    wanted = dict(zip(_PARAMETERS, lora.split(jax.tree.map(_placed, template))))
     paths = {name for name, _ in _leaves(wanted)}
-    named = [leaf | {"path": "['params']" + leaf["path"].removeprefix("params")} for leaf in saved]
+    named = [leaf | {"path": re.sub(r"^\w+", lambda field: f"['{field[0]}']", leaf["path"])} for leaf in saved]
     _require_same_leaves([leaf for leaf in named if leaf["path"] in paths], wanted, str(path))
     how = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding), wanted)
     args = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True)
     with ocp.PyTreeCheckpointer() as checkpointer:
-        return checkpointer.restore(path / _STATE, args=args)["params"]
+        restored = checkpointer.restore(path / _STATE, args=args)
+    return lora.join(restored["frozen"], restored["params"])
+
+
+def parameters(folder: str | os.PathLike) -> Any:
+    """Shapes and dtypes of the policy's parameters in the last complete checkpoint, frozen ones among them.
+
+    Raises:
+      Refused: there is no complete checkpoint.
+    """
+    flat = {}
+    for leaf in _last_saved(folder)[1]:
+        field, *names = re.findall(r"\w+", leaf["path"])
+        if field in _PARAMETERS:
+            flat[tuple(names)] = jax.ShapeDtypeStruct(leaf["shape"], jnp.dtype(leaf["dtype"]))
+    return traverse_util.unflatten_dict(flat)
+
+
+def _last_saved(folder: str | os.PathLike) -> tuple[pathlib.Path, list[dict[str, Any]]]:
+    """The last complete checkpoint, and what its leaves were when saved."""
+    step = latest_step(folder)
+    if step is None:
+        raise Refused(f"{folder} holds no complete checkpoint: train that run first, or name another")
+    path = pathlib.Path(folder).absolute() / str(step)
+    return path, json.loads((path / _LEAVES / "metadata").read_text())["leaves"]
 
 
 def latest_step(folder: str | os.PathLike) -> int | None:

@@ -8,7 +8,7 @@ import shutil
 from typing import Any
 
 from mlrl import meshes, runs, tokenizer_files
-from mlrl.models import pretrained
+from mlrl.models import lora, pretrained
 from mlrl.models.families import OURS
 from mlrl.models.settings import NO_MATTER
 from mlrl.types import Refused, Vocabulary
@@ -22,7 +22,8 @@ def export_run(folder: str | os.PathLike, experiment: Any, loop: Any, out: str |
                shard_bytes: int = 5_000_000_000) -> list[str]:  # fmt: skip
     """Writes the policy of a run's last checkpoint to a folder that transformers loads.
 
-    A value head or critic is left out: no architecture has a place for it. Of a run that began with pretrained weights,
+    A value head or critic is left out: no architecture has a place for it. Adapters are merged into the weights, which
+    are then fp32, so that the folder's model is the one that was trained. Of a run that began with pretrained weights,
     config.json keeps the settings that change no logit, such as max_position_embeddings.
 
     Args:
@@ -42,9 +43,12 @@ def export_run(folder: str | os.PathLike, experiment: Any, loop: Any, out: str |
     with meshes.use(experiment.mesh()) as mesh:
         state = runs.last_state(folder, loop.abstract_state(parts), meshes.replicated(mesh))
     config = parts.model.config
-    files = pretrained.write(out, state.params, config, more=_more(experiment, vocabulary), shard_bytes=shard_bytes)
+    params, merged = lora.merge(lora.policy(state), config)
+    files = pretrained.write(out, params, merged, more=_more(experiment, vocabulary), shard_bytes=shard_bytes)
     copied = _copy_tokenizer(vocabulary, out)
     said = [f"step {int(state.step)} of {folder} is in {out}: {', '.join([*files, *copied])}"]
+    if merged != config:
+        said.append(f"adapters of rank {config.lora_rank} are merged into the weights, which are {merged.param_dtype}")
     if not copied:
         said.append("no tokenizer was written: the vocabulary did not come from files")
     left = [name for name in OURS if name.startswith(("value", "critic")) and getattr(config, name, False)]

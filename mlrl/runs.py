@@ -16,6 +16,7 @@ import numpy as np
 
 from mlrl import checkpoints, folders, meshes, monitoring, writers
 from mlrl.evaluation import Evaluator, Results, evaluator
+from mlrl.models import lora
 from mlrl.types import Batch, Metrics, Refused, Task, TrainState, require_whole
 
 
@@ -184,7 +185,7 @@ class Run:
     def _evaluated(self, state: TrainState, step: int) -> Results:
         if not self._evaluate.due(step, self._num_steps):
             return {}
-        results = self._evaluate(state.params, step, self._num_steps, state.reference)
+        results = self._evaluate(lora.policy(state), step, self._num_steps, lora.reference(state))
         write_results(self.folder, step, results)
         return results
 
@@ -293,6 +294,6 @@ def evaluate_run(folder: str | pathlib.Path, experiment: Any, loop: Any, *, task
         state = last_state(folder, loop.abstract_state(parts), meshes.replicated(mesh))
         step = int(state.step)
         evaluate = evaluator(evaluations, parts.model, experiment.rollout_fn, parts.reference_model)
-        results = evaluate(state.params, step, step, state.reference)
+        results = evaluate(lora.policy(state), step, step, lora.reference(state))
     write_results(folder, step, results)
     return results

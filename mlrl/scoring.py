@@ -83,12 +83,13 @@ def prefill(model: Transformer, params: Params, prompts: Prompts, trunk: Callabl
 class Forward(NamedTuple):
     """The learner's forward pass in two parts: what is done once for the prompts, and what for each of their rows.
 
-    prepare   (model, params, prompts [N,P]) -> context; differentiated once, however many micro-batches use it
-    score     (model, context, prompts, rollout, **settings) -> Scores, settings as those of `score`
+    prepare   (model, params, prompts [N,P]) -> further arguments of `score`; differentiated once, however many
+              micro-batches use them
+    score     (model, params, prompts, rollout, *prepared, **settings) -> Scores, settings as those of the function
     readable  (prompts, rollout) -> the rows that can be read this way, [B] bool; what others are scored means nothing
     """
 
-    prepare: Callable[..., Any]
+    prepare: Callable[..., tuple]
     score: Callable[..., Scores]
     readable: Callable[[Prompts, Rollout], Array]
 
@@ -100,7 +101,7 @@ def whole_rows() -> Forward:
         return score(model, params, rollout, first_column=prompts.tokens.shape[1], **settings)
 
     every_row = lambda prompts, rollout: jnp.ones(rollout.group.shape, bool)  # noqa: E731
-    return Forward(lambda model, params, prompts: params, score_, every_row)
+    return Forward(lambda model, params, prompts: (), score_, every_row)
 
 
 def shared_prompts() -> Forward:
@@ -113,13 +114,13 @@ def shared_prompts() -> Forward:
     Rows must begin with the columns of prompt `rollout.group`; the others are not readable.
     """
 
-    def prepare(model: Transformer, params: Params, prompts: Prompts) -> tuple[Params, dict[Callable, Prefix]]:
+    def prepare(model: Transformer, params: Params, prompts: Prompts) -> tuple[dict[str, Prefix]]:
         trunks = {"policy": Transformer.__call__} | (
             {"critic": Transformer.critic_hidden} if model.config.critic_layers else {})  # fmt: skip
-        return params, {name: prefill(model, params, prompts, trunk) for name, trunk in trunks.items()}
+        return ({name: prefill(model, params, prompts, trunk) for name, trunk in trunks.items()},)
 
-    def score_(model: Transformer, context: Any, prompts: Prompts, rollout: Rollout, **settings: Any) -> Scores:
-        params, prefixes = context
+    def score_(model: Transformer, params: Params, prompts: Prompts, rollout: Rollout, prefixes: dict[str, Prefix],
+               **settings: Any) -> Scores:  # fmt: skip
         width, mine = prompts.tokens.shape[1], rollout.group
         # The last token is chosen, and nothing after it: it need not be read.
         tokens, columns = rollout.tokens[:, width:-1], rollout.tokens.shape[1] - width - 1

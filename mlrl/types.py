@@ -236,13 +236,14 @@ class TrainState:
 
     step         [] int32   training steps done
     key          PRNG key of the run; every random choice folds the step into it
-    params       the policy's parameters, its value head's or critic's among them
+    params       the parameters that are trained, those of a value head or critic among them
     opt_state    the optimizer's state
-    reference    the parameters of the frozen reference (or teacher), () when nothing reads them
+    reference    the parameters of the reference (or teacher) that are not in `frozen`; () when nothing reads them
     curriculum   state of the curriculum          (CurriculumFn)
     reward       state of the reward function     (RewardFn)
     controllers  what each controlled knob stands at, by name (mlrl.controllers)
     bad_updates  [] int32   updates in a row that were skipped because loss or gradient was not finite
+    frozen       the parameters under adapters, which policy, reference and values share (mlrl.models.lora); () without
     """
 
     step: Array
@@ -254,6 +255,7 @@ class TrainState:
     reward: Any
     controllers: Any
     bad_updates: Array
+    frozen: Params = ()
 
     def check(self) -> TrainState:
         """Returns itself, or raises Refused naming the field whose shape or dtype is wrong."""

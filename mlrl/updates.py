@@ -13,6 +13,7 @@ from jax.interpreters import partial_eval
 
 from mlrl import reductions
 from mlrl.meshes import split_rows
+from mlrl.models.lora import join
 from mlrl.optimizers import current_learning_rate
 from mlrl.types import (
     Array,
@@ -22,13 +23,12 @@ from mlrl.types import (
     Params,
     ReductionFn,
     Refused,
-    Rollout,
     Scores,
     TrainState,
     require_whole,
 )
 
-ScoreFn = Callable[[Any, Rollout], Scores]
+ScoreFn = Callable[..., Scores]  # (params, rollout, *prepared) -> Scores
 
 
 def computed_alone(function: Callable[[], Array]) -> Array:
@@ -55,9 +55,10 @@ def fields_read(function: Callable, *args: Any) -> set[str]:
     return {name(path) for (path, _), is_used in zip(leaves, used) if is_used}
 
 
-def itself(params: Params) -> Params:
+def nothing(params: Params) -> tuple[()]:
     """Nothing is prepared."""
-    return params
+    del params
+    return ()
 
 
 def total_loss(losses: Sequence[LossFn], scores: Scores, batch: Batch) -> tuple[Array, Metrics]:
@@ -70,7 +71,7 @@ def total_loss(losses: Sequence[LossFn], scores: Scores, batch: Batch) -> tuple[
 
 
 def gradients(params: Params, batch: Batch, *, score_fn: ScoreFn, losses: Sequence[LossFn],
-              prepare: Callable[[Params], Any] = itself, micro_batch_rows: int = 0,
+              prepare: Callable[[Params], tuple] = nothing, micro_batch_rows: int = 0,
               bucket_columns: Sequence[int] = (), unit_rows: int = 1) -> tuple[Params, Metrics]:  # fmt: skip
     """Gradient of the loss over a minibatch, accumulated over micro-batches.
 
@@ -80,7 +81,7 @@ def gradients(params: Params, batch: Batch, *, score_fn: ScoreFn, losses: Sequen
 
     Args:
       batch: rows of one minibatch, with weights.
-      score_fn: (prepare(params), rollout) -> Scores.
+      score_fn: (params, rollout, *prepare(params)) -> Scores.
       prepare: done once for all micro-batches, and differentiated once, at the sum of their gradients.
       micro_batch_rows: rows of a forward and backward pass; 0: all of them.
       bucket_columns: the widths to which rows may be cut, ascending; the last is at least L. With micro-batches, rows
@@ -88,18 +89,20 @@ def gradients(params: Params, batch: Batch, *, score_fn: ScoreFn, losses: Sequen
       unit_rows: consecutive rows that stay together; see `update`.
     """
 
-    def loss(context: Any, rows: Batch) -> tuple[Array, Metrics]:
-        scores = score_fn(context, rows.rollout).check()
+    def loss(params: Params, prepared: tuple, rows: Batch) -> tuple[Array, Metrics]:
+        scores = score_fn(params, rows.rollout, *prepared).check()
         value, metrics = total_loss(losses, scores, rows)
         entropy = jnp.sum(rows.token_weights * jnp.where(rows.mask, jax.lax.stop_gradient(scores.entropy), 0.0))
         return value, metrics | {"loss": value, "entropy": entropy}
 
-    context, back_to_params = jax.vjp(prepare, params)
-    grad_fn = in_buckets(functools.partial(jax.grad(loss, has_aux=True), context), bucket_columns)
+    prepared, back_to_params = jax.vjp(prepare, params)
+    both = lambda grads: jax.tree.map(jnp.add, grads[0], *back_to_params(grads[1]))  # noqa: E731
+    grad_fn = jax.grad(loss, argnums=(0, 1), has_aux=True)
+    grad_fn = in_buckets(functools.partial(grad_fn, params, prepared), bucket_columns)
     rows = batch.mask.shape[0]
     if micro_batch_rows in (0, rows):
         grads, metrics = grad_fn(batch)
-        return back_to_params(grads)[0], metrics
+        return both(grads), metrics
     if len(bucket_columns) > 1:
         longest = jnp.max(columns_needed(batch).reshape(-1, unit_rows), axis=1)
         batch = _in_order(batch, jnp.argsort(longest), unit_rows)
@@ -108,7 +111,7 @@ def gradients(params: Params, batch: Batch, *, score_fn: ScoreFn, losses: Sequen
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
     add = lambda total, piece: (jax.tree.map(jnp.add, total, grad_fn(split_rows(piece))), None)  # noqa: E731
     grads, metrics = jax.lax.scan(add, zeros, pieces)[0]
-    return back_to_params(grads)[0], metrics
+    return both(grads), metrics
 
 
 def columns_needed(batch: Batch) -> Array:
@@ -148,7 +151,7 @@ def update(
     optimizer: optax.GradientTransformation,
     minibatches: int = 1,
     epochs: int = 1,
-    prepare: Callable[[Params], Any] = itself,
+    prepare: Callable[[Params], tuple] = nothing,
     micro_batch_rows: int = 0,
     bucket_columns: Sequence[int] = (),
     unit_rows: int = 1,
@@ -161,7 +164,8 @@ def update(
     Args:
       batch: B rows; `mask` is final, `weights` and `token_weights` are made here, over each whole minibatch.
       key: for the shuffles.
-      score_fn: (prepare(params), rollout) -> Scores, the learner's forward pass.
+      score_fn: (params, rollout, *prepare(params)) -> Scores, the learner's forward pass; its params are the trained
+        ones together with those in state.frozen, of which no gradient is taken.
       prepare, micro_batch_rows, bucket_columns: see `gradients`.
       unit_rows: consecutive rows that stay together in every shuffle and split: the rows of a group, for a loss that
         compares them; 1 for any other.
@@ -170,11 +174,14 @@ def update(
     """
     rows = batch.check().mask.shape[0]
     check_division(rows, minibatches, micro_batch_rows, unit_rows)
+    frozen, state = state.frozen, state.replace(frozen=())  # what never changes is not carried from step to step
+    score_whole = lambda params, *more: score_fn(join(frozen, params), *more)  # noqa: E731
+    prepare_whole = lambda params: prepare(join(frozen, params))  # noqa: E731
 
     def optimizer_step(state: TrainState, rows: Batch) -> tuple[TrainState, Metrics]:
         rows = split_rows(rows)
         rows = rows.replace(weights=reduction(rows.mask), token_weights=reductions.token_mean(rows.mask))
-        grads, metrics = gradients(state.params, rows, score_fn=score_fn, losses=losses, prepare=prepare,
+        grads, metrics = gradients(state.params, rows, score_fn=score_whole, losses=losses, prepare=prepare_whole,
                                    micro_batch_rows=micro_batch_rows, bucket_columns=bucket_columns,
                                    unit_rows=unit_rows)  # fmt: skip
         return apply_gradients(state, grads, metrics, optimizer)
@@ -191,7 +198,7 @@ def update(
     else:
         state, metrics = jax.lax.scan(epoch, state, jax.random.split(key, epochs))
     metrics = jax.tree.map(jnp.mean, metrics)
-    return state, metrics | {"lr": current_learning_rate(state.opt_state)}
+    return state.replace(frozen=frozen), metrics | {"lr": current_learning_rate(state.opt_state)}
 
 
 def apply_gradients(state: TrainState, grads: Params, metrics: Metrics,

@@ -52,7 +52,8 @@ def gradients(config, forward, **knobs):
     batch = batch.replace(weights=reductions.token_mean(batch.mask), token_weights=reductions.token_mean(batch.mask))
     call = functools.partial(
         updates.gradients, losses=LOSSES, prepare=lambda params: forward.prepare(model, params, prompts),
-        score_fn=lambda context, rollout: forward.score(model, context, prompts, rollout, temperature=1.3), **knobs,
+        score_fn=lambda params, rollout, *more: forward.score(model, params, prompts, rollout, *more, temperature=1.3),
+        **knobs,
     )  # fmt: skip
     return jax.jit(call)(params, batch)
 
@@ -65,7 +66,7 @@ def assert_close(found, wanted):
 @pytest.mark.parametrize("config", [CONFIG, WITH_CRITIC], ids=["values", "critic"])
 def test_a_prompt_read_once_gives_the_same_scores_and_gradients(config):
     model, params, prompts, batch = rows(config)
-    score = lambda f, p: f.score(model, f.prepare(model, p, prompts), prompts, batch.rollout, with_logits=True,
+    score = lambda f, p: f.score(model, p, prompts, batch.rollout, *f.prepare(model, p, prompts), with_logits=True,
                                  chunk_columns=3)  # fmt: skip
     seen = [jax.jit(functools.partial(score, f))(params) for f in FORWARDS.values()]
     assert_close(seen[1], seen[0])
@@ -120,7 +121,8 @@ def test_a_prompt_read_once_costs_less():
 
     def flops(forward):
         def loss(params, rollout):
-            return forward.score(model, forward.prepare(model, params, prompts), prompts, rollout).log_probs.sum()
+            prepared = forward.prepare(model, params, prompts)
+            return forward.score(model, params, prompts, rollout, *prepared).log_probs.sum()
 
         return jax.jit(jax.grad(loss)).lower(params, rollout).cost_analysis()["flops"]
 
@@ -181,7 +183,7 @@ def test_the_optimizer_is_asked_once_for_all_micro_batches():
     step = functools.partial(
         updates.update, losses=LOSSES, optimizer=optimizer, reduction=reductions.token_mean, minibatches=3,
         micro_batch_rows=2, bucket_columns=(P + 3, P + T), prepare=lambda p: shared.prepare(model, p, prompts),
-        score_fn=lambda context, rollout: shared.score(model, context, prompts, rollout),
+        score_fn=lambda params, rollout, *more: shared.score(model, params, prompts, rollout, *more),
     )  # fmt: skip
     _, metrics = jax.jit(step)(state, batch, jax.random.key(0))
     assert np.isfinite(metrics["loss"]) and float(metrics["skipped_updates"]) == 0.0

@@ -61,6 +61,9 @@ def model_for(config: Config, vocabulary: Vocabulary) -> Transformer:
     if size < vocabulary.size:
         raise Refused(f"Config.vocabulary_size is {size}, but the task's vocabulary has {vocabulary.size} ids: "
                       f"set it to 0 or to at least {vocabulary.size}")  # fmt: skip
+    if config.param_dtype == "int8" and not config.lora_rank:
+        raise Refused("Config.param_dtype is 'int8', which freezes all weights: set Config.lora_rank to train adapters "
+                      "over them, or param_dtype to 'float32'")  # fmt: skip
     return Transformer(dataclasses.replace(config, vocabulary_size=size))
 
 

@@ -45,14 +45,20 @@ def the_refill(experiment: Any, rows: int) -> list[str]:
 
 def the_model(config: Config, state: TrainState) -> str:
     """Size and dtypes of the model."""
-    count = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
+    number = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))  # noqa: E731
+    trained, frozen = number(state.params), number(state.frozen)
+    how = ""
+    if config.lora_rank:
+        names = ", ".join(config.lora_kernels or config.kernels)
+        how = (f"; {trained:,} of the parameters are trained, with adapters of rank {config.lora_rank} on {names}; the "
+               f"others are frozen in {config.param_dtype}")  # fmt: skip
     head = "tied head" if config.tied_head else "untied head"
     value = ", value head" if config.value_head else ""
     if config.critic_layers:
-        critic = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params["critic"]))
+        critic = number(state.params["critic"])
         value = f", and a critic of {config.critic_layers} layers of its own: {critic:,} of the parameters"
-    return (f"{count:,} parameters ({config.layers} layers of width {config.width}, {config.heads} heads, "
-            f"{config.kv_heads} of keys and values, {head}{value}), computing in {config.dtype}")  # fmt: skip
+    return (f"{trained + frozen:,} parameters ({config.layers} layers of width {config.width}, {config.heads} heads, "
+            f"{config.kv_heads} of keys and values, {head}{value}), computing in {config.dtype}{how}")  # fmt: skip
 
 
 def the_memory(config: Config, state: TrainState, *, rows: int, columns: int, scored: int, update_rows: int,
@@ -63,8 +69,9 @@ def the_memory(config: Config, state: TrainState, *, rows: int, columns: int, sc
     logits = update_rows * scored * vocabulary_size * 4
     named = "parameters, the critic's among them" if config.critic_layers else "parameters"
     parts = {
-        named: size(state.params), "optimizer": size(state.opt_state), "gradients": size(state.params),
-        "reference": size(state.reference), "KV cache": cache, "logits of an update (fp32)": logits,
+        named: size(state.params), "frozen parameters": size(state.frozen), "optimizer": size(state.opt_state),
+        "gradients": size(state.params), "reference": size(state.reference), "KV cache": cache,
+        "logits of an update (fp32)": logits,
     }  # fmt: skip
     return ", ".join(f"{name} {mebibytes(count)}" for name, count in parts.items() if count)
 

@@ -129,7 +129,8 @@ def round_function(parts: Parts, run: runs.Run,
                    mesh: jax.sharding.Mesh) -> Callable[[TrainState], tuple[TrainState, Metrics, Batch]]:  # fmt: skip
     """A round: collect rows, choose among them, train on the chosen ones. Its programs have fixed shapes."""
     experiment, collect = parts.experiment, pool.collector(parts, run)
-    begin = jax.jit(functools.partial(begun, parts), out_shardings=meshes.replicated(mesh))
+    begin_ = jax.jit(functools.partial(begun, parts), out_shardings=meshes.replicated(mesh))
+    begin = lambda state: begin_(state.replace(frozen=())).replace(frozen=state.frozen)  # noqa: E731  without a copy
     choose_, learn_ = (jax.jit(functools.partial(function, parts)) for function in (choose, learn))
     advance = jax.jit(experiment.curriculum.update)
 

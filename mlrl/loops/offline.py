@@ -21,6 +21,7 @@ from mlrl.loops import describe as describe_
 from mlrl.loops.start import Reference, StartFn, own_start, random_parameters
 from mlrl.loops.states import abstract_state, initial_state
 from mlrl.losses.supervised import next_token
+from mlrl.models import lora
 from mlrl.models.transformer import Config, Transformer
 from mlrl.monitoring import row_metrics
 from mlrl.rollouts.single_turn import single_turn
@@ -153,7 +154,7 @@ def prepare(experiment: Experiment) -> Parts:
     checks.judges_have_models(experiment, batch, reads)
     experiment.stop({})
     state = abstract_state(parts)
-    checks.evaluations_sample(experiment, model, state.params)
+    checks.evaluations_sample(experiment, model, lora.policy(state))
     jax.eval_shape(functools.partial(learn, parts), state, batch)
     return parts
 
@@ -226,8 +227,9 @@ def score(parts: Parts, model: Transformer, params: Params, rollout: Rollout, *,
 def warm_start(*, experiment: Experiment) -> StartFn:
     """A start for another experiment: the parameters that this offline experiment ends with.
 
-    Its own model and seed are replaced by those it is asked for. What it learned is kept in the other run's first
-    checkpoint, and its own logs are not.
+    Its own model and seed are replaced by those it is asked for; of a model with adapters it trains these alone, and
+    the other run goes on with them. What it learned is kept in the other run's first checkpoint, and its own logs are
+    not.
     """
     prepare(experiment)
 
@@ -238,7 +240,7 @@ def warm_start(*, experiment: Experiment) -> StartFn:
             recording=runs.Recording(save_every_steps=0, samples_every_steps=0),
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as folder, runs.Run(folder, ours.recording, title="warm start") as run:
-            return train(ours, run).params
+            return lora.policy(train(ours, run))
 
     return start
 

@@ -243,7 +243,8 @@ def learn(parts: Parts, state: TrainState, prompts: Prompts, rollout: Rollout,
     experiment = parts.experiment
     prepare, score, readable = stages.forward(parts, prompts)
     losses, advantage_fn = stages.bound(parts, state.controllers)
-    score_rows = lambda model, params, rows, **more: score(model, prepare(model, params), rows, **more)  # noqa: E731
+    score_rows = lambda model, params, rows, **more: score(  # noqa: E731
+        model, params, rows, *prepare(model, params), **more)  # fmt: skip
     batch = stages.annotate(parts, state, unannotated(rollout, rewards), score_rows)
     credit, returns = advantage_fn(batch)
     batch = batch.replace(advantages=credit, returns=returns)
@@ -253,7 +254,7 @@ def learn(parts: Parts, state: TrainState, prompts: Prompts, rollout: Rollout,
     state, metrics = update(
         state, batch, stages.step_key(state, 1),
         prepare=functools.partial(prepare, parts.model), losses=losses,
-        score_fn=lambda context, rows: score(parts.model, context, rows, with_logits=with_logits),
+        score_fn=functools.partial(score, parts.model, with_logits=with_logits),
         reduction=experiment.reduction, optimizer=experiment.optimizer, minibatches=experiment.minibatches,
         epochs=experiment.epochs, micro_batch_rows=experiment.micro_batch_rows, unit_rows=parts.unit_rows,
         bucket_columns=[prompts.tokens.shape[1] + tokens for tokens in experiment.length_buckets],

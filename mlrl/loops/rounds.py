@@ -15,7 +15,7 @@ import optax
 
 from mlrl.loops.start import random_parameters
 from mlrl.loops.states import state_from
-from mlrl.types import Refused, TrainState
+from mlrl.types import Params, Refused, TrainState
 from mlrl.updates import fields_read
 
 RoundFn = Callable[[TrainState, optax.GradientTransformation], TrainState]
@@ -32,14 +32,22 @@ def restart(state: TrainState, optimizer: optax.GradientTransformation) -> Train
 
     The reference is the run's own start, start.own_start(). Values, which a reference has not, stay as they are.
     """
-    params = dict(state.params) | jax.tree.map(jnp.copy, dict(state.reference))
+    params = dict(state.params) | jax.tree.map(jnp.copy, _own_start(state))
     return state.replace(params=params, opt_state=optimizer.init(params))
 
 
 def move_reference(state: TrainState, optimizer: optax.GradientTransformation) -> TrainState:
     """Training goes on, and the policy that samples the round becomes the reference (iterated DPO, SELM)."""
     del optimizer
-    return state.replace(reference={name: jax.tree.map(jnp.copy, state.params[name]) for name in state.reference})
+    return state.replace(reference={name: jax.tree.map(jnp.copy, state.params[name]) for name in _own_start(state)})
+
+
+def _own_start(state: TrainState) -> Params:
+    """What the reference has of its own, beside what it shares with the policy's frozen base."""
+    if not state.reference:
+        raise Refused("Experiment.begin_round needs a reference with parameters of its own: set Experiment.reference = "
+                      "@start.own_start()")  # fmt: skip
+    return dict(state.reference)
 
 
 def reads(parts: Any, read: set[str]) -> set[str]:
@@ -50,8 +58,8 @@ def reads(parts: Any, read: set[str]) -> set[str]:
     begin, optimizer = parts.experiment.begin_round, parts.experiment.optimizer
 
     def state(key: jax.Array) -> TrainState:
-        policy, reference = random_parameters(parts.model, key), random_parameters(parts.reference_model, key)
-        return state_from(parts, policy, reference)
+        held = parts.experiment.reference.held(random_parameters(parts.reference_model, key))
+        return state_from(parts, random_parameters(parts.model, key), held)
 
     whole = jax.eval_shape(state, jax.random.key(0))
     needed = fields_read(lambda s: begin(s, optimizer).replace(key=(), reference=()), whole)

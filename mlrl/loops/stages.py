@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from mlrl import controllers, meshes, scoring
 from mlrl import prompts as prompts_lib
 from mlrl.loops.states import Parts, abstract_state, reads_reference
+from mlrl.models import lora
 from mlrl.models.transformer import Transformer
 from mlrl.types import (
     AdvantageFn,
@@ -43,7 +44,7 @@ def sample_rows(parts: Parts, state: TrainState, prompts: Prompts, key: Array) -
     experiment = parts.experiment
     return meshes.split_rows(
         experiment.rollout_fn(
-            parts.model, state.params, meshes.split_rows(prompts), key,
+            parts.model, lora.policy(state), meshes.split_rows(prompts), key,
             vocabulary=experiment.task.vocabulary, sampling=experiment.sampling,
             group_size=experiment.group_size, policy_version=state.step,
         ).check()
@@ -75,28 +76,28 @@ def score(parts: Parts, prompt_columns: int, model: Transformer, params: Params,
 
 def forward(parts: Any, prompts: Prompts) -> scoring.Forward:
     """The online loop's forward pass of rows of these prompts: prepare(model, params),
-    score(model, context, rollout), readable(rollout).
+    score(model, params, rollout, *prepared), readable(rollout).
     """
     experiment = parts.experiment
     settings = {"temperature": experiment.sampling.temperature, "chunk_columns": experiment.score_chunk_columns}
     return scoring.Forward(
         lambda model, params: experiment.forward.prepare(model, params, prompts),
-        lambda model, context, rollout, **more: experiment.forward.score(
-            model, context, prompts, rollout, **settings, **more),
+        lambda model, params, rollout, *prepared, **more: experiment.forward.score(
+            model, params, prompts, rollout, *prepared, **settings, **more),
         lambda rollout: experiment.forward.readable(prompts, rollout),
     )  # fmt: skip
 
 
 def annotate(parts: Parts, state: TrainState, batch: Batch, score: ScoreFn) -> Batch:
     """Adds what models say of the rows before the update, as far as anything reads it."""
-    current = lambda rollout: score(parts.model, state.params, rollout)  # noqa: E731
+    current = lambda rollout: score(parts.model, lora.policy(state), rollout)  # noqa: E731
     if "Batch.old_log_probs" in parts.reads:
         batch = batch.replace(old_log_probs=parts.experiment.old_log_probs(batch.rollout, current))
     if "Batch.values" in parts.reads:
         batch = batch.replace(values=current(batch.rollout).values)
     if reads_reference(parts):
         whole = reads_distribution(parts)
-        said = score(parts.reference_model, state.reference, batch.rollout, with_logits=whole)
+        said = score(parts.reference_model, lora.reference(state), batch.rollout, with_logits=whole)
         batch = batch.replace(reference_log_probs=said.log_probs)
         if whole:
             kept = likeliest(said.logits, parts.experiment.reference_tokens)
@@ -127,17 +128,17 @@ def models(parts: Parts, state: TrainState) -> Models:
                              chunk_columns=experiment.score_chunk_columns)  # fmt: skip
 
     def reference(rollout: Rollout) -> Scores:
-        if not jax.tree.leaves(state.reference):
+        if state.reference == ():
             raise Refused("a reward asks the reference beside a reward on the host, where it is kept only if a loss "
                           "reads it: add regularizers.kl_penalty, or keep to rewards in the graph")  # fmt: skip
-        return asked(parts.reference_model, state.reference, rollout)
+        return asked(parts.reference_model, lora.reference(state), rollout)
 
     return Models(
         generate=lambda prompts, key: experiment.rollout_fn(
-            parts.model, state.params, prompts, key, vocabulary=experiment.task.vocabulary,
+            parts.model, lora.policy(state), prompts, key, vocabulary=experiment.task.vocabulary,
             sampling=experiment.sampling, group_size=1, policy_version=state.step,
         ),
-        score=lambda rollout: asked(parts.model, state.params, rollout),
+        score=lambda rollout: asked(parts.model, lora.policy(state), rollout),
         reference=reference,
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from mlrl import controllers
 from mlrl.loops.start import random_parameters
+from mlrl.models import lora
 from mlrl.models.transformer import Transformer
 from mlrl.types import Params, TrainState
 
@@ -54,18 +55,21 @@ def abstract_state(parts: Parts) -> TrainState:
     """Shapes and dtypes of the state, without computing any of it."""
 
     def make(key: jax.Array) -> TrainState:
-        reference = random_parameters(parts.reference_model, key) if keeps_reference(parts) else ()
+        reference = ()
+        if keeps_reference(parts):
+            reference = parts.experiment.reference.held(random_parameters(parts.reference_model, key))
         return state_from(parts, random_parameters(parts.model, key), reference)
 
     return jax.eval_shape(make, jax.random.key(0))
 
 
 def state_from(parts: Parts, params: Params, reference: Params) -> TrainState:
-    """The state of step 0 around the first parameters."""
+    """The state of step 0 around the first parameters, all of the policy's and those that the reference holds."""
     experiment = parts.experiment
+    trained, frozen = lora.split(params)
     fields = {"curriculum": (), "reward": ()} | dict(parts.stateful())
     return TrainState(
-        step=jnp.int32(0), key=jax.random.key(experiment.seed), params=params,
-        opt_state=experiment.optimizer.init(params), reference=reference,
-        controllers=controllers.initial(experiment), bad_updates=jnp.int32(0), **fields,
+        step=jnp.int32(0), key=jax.random.key(experiment.seed), params=trained,
+        opt_state=experiment.optimizer.init(trained), reference=reference,
+        controllers=controllers.initial(experiment), bad_updates=jnp.int32(0), frozen=frozen, **fields,
     )  # fmt: skip

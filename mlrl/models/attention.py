@@ -73,15 +73,13 @@ class Attention(nn.Module):
     scale: float
     cap: float
     out_init_scale: float
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
+    project: Callable[..., nn.Module]  # (features, name=, ...) -> a Projection
 
     @nn.compact
     def __call__(self, x: Array, positions: Array, mask: Array, cache: Cache | None, column: Array | int):
         """x [B,L,D] -> ([B,L,D], cache). See Transformer.__call__."""
         features = (self.kv_heads, self.heads_per_kv + 2, self.head_width)
-        qkv = nn.DenseGeneral(features, use_bias=self.qkv_bias, dtype=self.dtype, param_dtype=self.param_dtype,
-                              name="qkv")(x)  # fmt: skip
+        qkv = self.project(features, use_bias=self.qkv_bias, name="qkv")(x)
         heads = qkv[:, :, :, :-1]
         if self.qk_norm:
             queries, keys = heads[:, :, :, :-1], heads[:, :, :, -1:]
@@ -96,6 +94,5 @@ class Attention(nn.Module):
             cache = (keys, values)
         mixed = attend(queries, keys, values, mask, scale=self.scale, cap=self.cap)
         init = nn.initializers.variance_scaling(self.out_init_scale, "fan_in", "normal")
-        out = nn.DenseGeneral(x.shape[-1], axis=(-3, -2, -1), use_bias=self.out_bias, dtype=self.dtype,
-                              param_dtype=self.param_dtype, kernel_init=init, name="out")(mixed)  # fmt: skip
-        return out, cache
+        out = self.project(x.shape[-1:], summed=3, use_bias=self.out_bias, kernel_init=init, name="out")
+        return out(mixed), cache

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mlrl.models.projections import float_dtype, stored, to_float
 from mlrl.types import Array
 
 
@@ -29,17 +30,14 @@ class GatedMLP(nn.Module):
     activation: Callable[[Array], Array]
     bias: bool
     out_init_scale: float
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
+    project: Callable[..., nn.Module]  # (features, name=, ...) -> a Projection
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        both = nn.DenseGeneral((2, self.width), use_bias=self.bias, dtype=self.dtype, param_dtype=self.param_dtype,
-                               name="gate_up")(x)  # fmt: skip
+        both = self.project((2, self.width), use_bias=self.bias, name="gate_up")(x)
         hidden = self.activation(both[..., 0, :]) * both[..., 1, :]
         init = nn.initializers.variance_scaling(self.out_init_scale, "fan_in", "normal")
-        return nn.Dense(x.shape[-1], use_bias=self.bias, dtype=self.dtype, param_dtype=self.param_dtype,
-                        kernel_init=init, name="down")(hidden)  # fmt: skip
+        return self.project(x.shape[-1:], use_bias=self.bias, kernel_init=init, name="down")(hidden)
 
 
 class PlainMLP(nn.Module):
@@ -49,16 +47,13 @@ class PlainMLP(nn.Module):
     activation: Callable[[Array], Array]
     bias: bool
     out_init_scale: float
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
+    project: Callable[..., nn.Module]  # (features, name=, ...) -> a Projection
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        hidden = nn.Dense(self.width, use_bias=self.bias, dtype=self.dtype, param_dtype=self.param_dtype,
-                          name="up")(x)  # fmt: skip
+        hidden = self.activation(self.project((self.width,), use_bias=self.bias, name="up")(x))
         init = nn.initializers.variance_scaling(self.out_init_scale, "fan_in", "normal")
-        return nn.Dense(x.shape[-1], use_bias=self.bias, dtype=self.dtype, param_dtype=self.param_dtype,
-                        kernel_init=init, name="down")(self.activation(hidden))  # fmt: skip
+        return self.project(x.shape[-1:], use_bias=self.bias, kernel_init=init, name="down")(hidden)
 
 
 class ExpertsMLP(nn.Module):
@@ -66,7 +61,7 @@ class ExpertsMLP(nn.Module):
 
     out = sum over the `per_token` likeliest e of  p_e * down_e(activation(gate_e x) * (up_e x)),
     p divided by the sum of the chosen ones if `renormalized`. There is no capacity: no token is dropped. No loss that
-    balances the experts is added.
+    balances the experts is added. In int8 the kernels of a layer are widened, all experts', where they are used.
 
     Reference: Shazeer et al. 2017; Jiang et al. 2024, Mixtral.
     """
@@ -85,10 +80,10 @@ class ExpertsMLP(nn.Module):
         d, fan_in = x.shape[-1], {"batch_axis": 0, "in_axis": 1}
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", out_axis=(2, 3), **fan_in)
         out_init = nn.initializers.variance_scaling(self.out_init_scale, "fan_in", "normal", out_axis=2, **fan_in)
-        gate_up = self.param("gate_up", init, (self.experts, d, 2, self.width), self.param_dtype)
-        down = self.param("down", out_init, (self.experts, self.width, d), self.param_dtype)
+        gate_up = self.param("gate_up", stored(init, (1,)), (self.experts, d, 2, self.width), self.param_dtype)
+        down = self.param("down", stored(out_init, (1,)), (self.experts, self.width, d), self.param_dtype)
         rows = x.reshape(-1, d).astype(self.dtype)
-        logits = nn.Dense(self.experts, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype,
+        logits = nn.Dense(self.experts, use_bias=False, dtype=self.dtype, param_dtype=float_dtype(self.param_dtype),
                           name="router")(rows)  # fmt: skip
         weights, chosen = lax.top_k(nn.softmax(logits.astype(jnp.float32)), self.per_token)  # [N, per_token]
         if self.renormalized:
@@ -96,8 +91,8 @@ class ExpertsMLP(nn.Module):
         # Each expert's rows follow each other, so that one ragged product serves them all.
         order = jnp.argsort(chosen.reshape(-1))
         row, sizes = order // self.per_token, jnp.bincount(chosen.reshape(-1), length=self.experts)
-        both = lax.ragged_dot(rows[row], gate_up.astype(self.dtype).reshape(self.experts, d, -1), sizes)
+        both = lax.ragged_dot(rows[row], to_float(gate_up, self.dtype).reshape(self.experts, d, -1), sizes)
         gate, up = jnp.split(both, 2, axis=-1)
-        out = lax.ragged_dot(self.activation(gate) * up, down.astype(self.dtype), sizes)
+        out = lax.ragged_dot(self.activation(gate) * up, to_float(down, self.dtype), sizes)
         out = out * weights.reshape(-1)[order][:, None].astype(out.dtype)
         return jnp.zeros_like(rows).at[row].add(out).reshape(x.shape)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from mlrl.models import families, tensor_files
+from mlrl.models import families, lora, tensor_files
 from mlrl.models.layouts import Path, Tensor, covers
-from mlrl.models.transformer import Config, Transformer, initialize
+from mlrl.models.transformer import Config, Transformer
 from mlrl.types import Array, Params, Refused
 
 CONFIG = "config.json"
@@ -27,7 +27,8 @@ def config(path: str, *, base: Config = Config()) -> Config:
 
     Args:
       path: a folder with a config.json.
-      base: gives what no checkpoint holds: value_head, critic_layers, dtype and param_dtype.
+      base: gives what no checkpoint holds: value_head, critic_layers, adapters (lora_rank, lora_alpha,
+        lora_kernels), dtype and param_dtype.
     Raises: Refused, naming the setting that mlrl does not have, or the field of `base` that the folder decides.
     """
     _, fields = _family(path)
@@ -70,21 +71,23 @@ class Start:
                           "@pretrained.config()")  # fmt: skip
 
     def __call__(self, model: Transformer, key: Array) -> Params:
-        """Reads tensor by tensor, into parameters of the model's param_dtype."""
+        """Reads tensor by tensor, into parameters of the model's param_dtype; those that are not there are random."""
         self.check(model)
         tensors, stored = _matched(self.path)
-        shapes = traverse_util.flatten_dict(jax.eval_shape(functools.partial(initialize, model), key))
+        kernels = lora.kernels(model, key)
         of_leaf: dict[Path, list[Tensor]] = {}
         for tensor in tensors:
             of_leaf.setdefault(tensor.leaf, []).append(tensor)
-        flat = _fresh(model, key, [path for path in shapes if path not in of_leaf])
+        flat = lora.fresh(model, key, [path for path in kernels if path not in of_leaf])
         for path, parts in of_leaf.items():
-            assert covers(parts, path, shapes[path].size), f"the layout leaves a part of {path} unset"
-            leaf = np.empty(shapes[path].shape, shapes[path].dtype)
+            like = kernels[path]
+            shape, dtype = (like["int8"].shape, np.float32) if isinstance(like, dict) else (like.shape, like.dtype)
+            assert covers(parts, path, math.prod(shape)), f"the layout leaves a part of {path} unset"
+            leaf = np.empty(shape, dtype)
             for tensor in parts:
                 view = tensor.view(leaf)
                 view[...] = stored[tensor.name].read().reshape(view.shape)
-            flat[path] = jnp.asarray(leaf)
+            flat[path] = lora.as_held(leaf, like)
         return traverse_util.unflatten_dict(flat)
 
 
@@ -92,12 +95,6 @@ def _shown(config: Config, field: str) -> str:
     """A field's value for a message; a function by its name."""
     value = getattr(config, field)
     return getattr(value, "__name__", repr(value))
-
-
-def _fresh(model: Transformer, key: Array, paths: list[Path]) -> dict[Path, Array]:
-    """Some of a model's random parameters; in one jit, so that the others are never computed."""
-    pick = lambda key: [traverse_util.flatten_dict(initialize(model, key))[path] for path in paths]
-    return dict(zip(paths, jax.jit(pick)(key))) if paths else {}
 
 
 def write(folder: str | pathlib.Path, params: Params, config: Config, *, more: Mapping[str, Any] = {},  # noqa: B006

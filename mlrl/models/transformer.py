@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 from mlrl.models.attention import Attention, Cache, soft_cap, within_window
 from mlrl.models.mlp import ExpertsMLP, GatedMLP, PlainMLP
 from mlrl.models.norms import RMSNorm
+from mlrl.models.projections import Projection, float_dtype
 from mlrl.models.rope import Scaling, rotary, unrotated, unscaled
 from mlrl.types import Array, Params, Refused, require_whole
 
@@ -44,7 +47,12 @@ class Config:
     value_head         values of tokens, from a linear head on the policy's trunk, or on the critic's if there is one
     critic_layers      layers of a critic: a second trunk under the value head that shares nothing with the policy's
                        (same width and heads, an embedding and a final norm of its own); 0: no critic
+    lora_rank          rank of adapters; only they are trained, and a value head or critic; 0: everything is trained
+    lora_alpha         their scale times lora_rank
+    lora_kernels       which kernels have one, of `kernels`; (): all of these
     dtype              of activations and matrix products; log-softmax and normalization are always fp32
+    param_dtype        of parameters: float32, bfloat16, or int8 for kernels that are frozen, beside bfloat16 for the
+                       rest. Under adapters it is that of what is frozen, and what is trained is fp32
     """
 
     vocabulary_size: int = 0
@@ -78,6 +86,9 @@ class Config:
     tied_head: bool = True
     value_head: bool = False
     critic_layers: int = 0
+    lora_rank: int = 0
+    lora_alpha: float = 32.0
+    lora_kernels: tuple[str, ...] = ()
     dtype: str = "float32"
     param_dtype: str = "float32"
 
@@ -104,9 +115,31 @@ class Config:
             require_whole("Config", "windows", window, 0)
         if self.head_width % 2 and not self.learned_positions:
             raise Refused(f"Config.head_width must be even for rotary positions, got {self.head_width}")
-        for name in ("dtype", "param_dtype"):
-            if getattr(self, name) not in ("float32", "bfloat16"):
-                raise Refused(f"Config.{name} must be 'float32' or 'bfloat16', got {getattr(self, name)!r}")
+        self._check_adapters()
+        if self.dtype not in ("float32", "bfloat16"):
+            raise Refused(f"Config.dtype must be 'float32' or 'bfloat16', got {self.dtype!r}")
+        if self.param_dtype not in ("float32", "bfloat16", "int8"):
+            raise Refused(f"Config.param_dtype must be 'float32', 'bfloat16' or 'int8', got {self.param_dtype!r}")
+
+    def _check_adapters(self) -> None:
+        require_whole("Config", "lora_rank", self.lora_rank, 0)
+        if not isinstance(self.lora_alpha, int | float) or not 0 < self.lora_alpha < math.inf:
+            raise Refused(f"Config.lora_alpha must be above 0, got {self.lora_alpha!r}; lora_rank = 0 is no adapters")
+        if not isinstance(self.lora_kernels, tuple):
+            raise Refused(f"Config.lora_kernels must be a tuple of names, got {self.lora_kernels!r}")
+        for name in self.lora_kernels:
+            if name not in self.kernels:
+                experts = "; experts have no adapters" if self.experts else ""
+                raise Refused(f"Config.lora_kernels names {name!r}, and the kernels that may have adapters are "
+                              f"{', '.join(self.kernels)}{experts}")  # fmt: skip
+        if self.lora_kernels and not self.lora_rank:
+            raise Refused("Config.lora_kernels names kernels, but Config.lora_rank is 0: set it to the adapters' rank")
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """The kernels of a layer that may have adapters."""
+        mlp = () if self.experts else ("gate_up", "down") if self.gated_mlp else ("up", "down")
+        return ("qkv", "out", *mlp)
 
 
 class Transformer(nn.Module):
@@ -116,7 +149,8 @@ class Transformer(nn.Module):
 
     def setup(self):
         c = self.config
-        dtypes = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
+        dtypes = {"dtype": jnp.dtype(c.dtype), "param_dtype": float_dtype(c.param_dtype)}
+        project = functools.partial(_projection, c)
         # Residual branches start small, so that the depth does not blow up the residual stream (GPT-2).
         small = 1.0 / (2 * c.layers)
         norm = functools.partial(c.norm, c.norm_eps, dtypes["param_dtype"])
@@ -129,12 +163,13 @@ class Transformer(nn.Module):
             Attention(
                 kv_heads=c.kv_heads, heads_per_kv=c.heads // c.kv_heads, head_width=c.head_width,
                 rotate=_rotation(c, i), norm=norm, qk_norm=c.qk_norm, qkv_bias=c.qkv_bias, out_bias=c.out_bias,
-                scale=(c.scale_width or c.head_width) ** -0.5, cap=c.attention_cap, out_init_scale=small, **dtypes,
+                scale=(c.scale_width or c.head_width) ** -0.5, cap=c.attention_cap, out_init_scale=small,
+                project=project,
             )
             for i in range(c.layers)
         ]  # fmt: skip
         self.mlp_norms = [norm() for _ in range(c.layers)]
-        self.mlps = [_mlp(c, small, **dtypes) for _ in range(c.layers)]
+        self.mlps = [_mlp(c, small, project) for _ in range(c.layers)]
         if c.post_norms:
             self.attention_post_norms = [norm() for _ in range(c.layers)]
             self.mlp_post_norms = [norm() for _ in range(c.layers)]
@@ -143,7 +178,7 @@ class Transformer(nn.Module):
             self.head = nn.Dense(c.vocabulary_size, use_bias=False, **dtypes)
         if c.critic_layers:
             # Its output head is never called, and so has no parameters.
-            self.critic = Transformer(dataclasses.replace(c, layers=c.critic_layers, critic_layers=0))
+            self.critic = Transformer(dataclasses.replace(plain(c), layers=c.critic_layers, critic_layers=0))
         elif c.value_head:
             self.value = nn.Dense(1, kernel_init=nn.initializers.zeros, dtype=jnp.float32, param_dtype=jnp.float32)
 
@@ -212,12 +247,19 @@ class Transformer(nn.Module):
         return self.logits(hidden), self.values(seen) if self.config.value_head else ()
 
 
-def _mlp(c: Config, out_init_scale: float, **dtypes: jnp.dtype) -> nn.Module:
+def _projection(c: Config, features: tuple[int, ...], *, name: str, **given: Any) -> Projection:
+    """A kernel by its name in Config.kernels, with an adapter if it is to have one."""
+    rank = c.lora_rank if name in (c.lora_kernels or c.kernels) else 0
+    return Projection(features, jnp.dtype(c.dtype), jnp.dtype(c.param_dtype), rank=rank, alpha=c.lora_alpha, name=name,
+                      **given)  # fmt: skip
+
+
+def _mlp(c: Config, out_init_scale: float, project: Callable[..., nn.Module]) -> nn.Module:
     """A layer's MLP: of experts, gated, or plain."""
     if c.experts:
         return ExpertsMLP(c.mlp_width, c.experts, c.experts_per_token, c.experts_renormalized, c.activation,
-                          out_init_scale, **dtypes)  # fmt: skip
-    return (GatedMLP if c.gated_mlp else PlainMLP)(c.mlp_width, c.activation, c.mlp_bias, out_init_scale, **dtypes)
+                          out_init_scale, jnp.dtype(c.dtype), jnp.dtype(c.param_dtype))  # fmt: skip
+    return (GatedMLP if c.gated_mlp else PlainMLP)(c.mlp_width, c.activation, c.mlp_bias, out_init_scale, project)
 
 
 def _rotation(config: Config, layer: int) -> Callable[[Array, Array], Array]:
@@ -244,6 +286,18 @@ CRITIC = ("critic", "value")  # what the values come from, by name among the par
 def without_values(model: Transformer) -> Transformer:
     """The policy alone: the same shape without value head or critic."""
     return Transformer(dataclasses.replace(model.config, value_head=False, critic_layers=0))
+
+
+def without_adapters(model: Transformer) -> Transformer:
+    """The frozen model under the adapters: it finds its parameters among those of the model that has them."""
+    return Transformer(dataclasses.replace(model.config, lora_rank=0, lora_kernels=()))
+
+
+def plain(config: Config) -> Config:
+    """The same shape as one model in fp32, without adapters or int8; a config that has neither as it is."""
+    if config.lora_rank or config.param_dtype == "int8":
+        return dataclasses.replace(config, lora_rank=0, lora_kernels=(), param_dtype="float32")
+    return config
 
 
 def empty_caches(config: Config, rows: int, columns: int) -> tuple[Cache, ...]:

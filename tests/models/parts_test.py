@@ -14,6 +14,7 @@ from mlrl.models import rope
 from mlrl.models.attention import attend, soft_cap, within_window
 from mlrl.models.mlp import ExpertsMLP, PlainMLP, gelu, gelu_tanh
 from mlrl.models.norms import LayerNorm, OffsetRMSNorm, RMSNorm
+from mlrl.models.projections import Projection
 from mlrl.models.transformer import Config, Transformer, causal_mask, initialize, row_positions
 from mlrl.scoring import score
 from mlrl.types import Prompts, Refused
@@ -56,7 +57,7 @@ def test_activations():
 def test_a_plain_mlp_by_hand():
     params = {"up": {"kernel": jnp.float32([[1.0, -1.0]]), "bias": jnp.float32([0.0, 1.0])},
               "down": {"kernel": jnp.float32([[2.0], [3.0]]), "bias": jnp.float32([5.0])}}  # fmt: skip
-    mlp = PlainMLP(2, jax.nn.relu, True, 1.0, F32, F32)
+    mlp = PlainMLP(2, jax.nn.relu, True, 1.0, functools.partial(Projection, dtype=F32, param_dtype=F32))
     assert mlp.apply({"params": params}, jnp.float32([[2.0]])).tolist() == [[9.0]]  # relu(2, -1) = 2, 0
     assert mlp.apply({"params": params}, jnp.float32([[-2.0]])).tolist() == [[14.0]]  # relu(-2, 3) = 0, 3
 
