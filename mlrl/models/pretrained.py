@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from mlrl import meshes
 from mlrl.models import families, tensor_files
 from mlrl.models.layouts import Path, Tensor, covers
 from mlrl.models.transformer import Config, Transformer, initialize
@@ -84,7 +85,7 @@ class Start:
             for tensor in parts:
                 view = tensor.view(leaf)
                 view[...] = stored[tensor.name].read().reshape(view.shape)
-            flat[path] = jnp.asarray(leaf)
+            flat |= traverse_util.flatten_dict(meshes.placed(traverse_util.unflatten_dict({path: leaf})))
         return traverse_util.unflatten_dict(flat)
 
 
