@@ -20,8 +20,10 @@ REPO = pathlib.Path(__file__).resolve().parent.parent
 DATA = REPO.parent / "shared" / "data"
 EXPERIMENTS = sorted(path.relative_to(REPO).as_posix() for path in REPO.glob("experiments/**/*.gin"))
 METHODS = sorted(path.stem for path in REPO.glob("gin/methods/*.gin"))
-MESHES = {"data": {"data": 8}, "fsdp": {"fsdp": 8}, "tensor": {"data": 4, "tensor": 2}, "fsdp_tensor": {"fsdp": 4, "tensor": 2},
-          "expert": {"fsdp": 4, "expert": 2}, "sequence": {"fsdp": 4, "sequence": 2}}  # fmt: skip
+MESHES = {
+    "data": {"data": 8}, "fsdp": {"fsdp": 8}, "tensor": {"data": 4, "tensor": 2},
+    "fsdp_tensor": {"fsdp": 4, "tensor": 2}, "expert": {"fsdp": 4, "expert": 2}, "sequence": {"fsdp": 4, "sequence": 2},
+}  # fmt: skip
 FILES = sorted(path.relative_to(REPO).as_posix() for path in REPO.glob("gin/**/*.gin")) + EXPERIMENTS
 LOADED_QUICKLY = {"experiments/quickstart/grpo.gin", "experiments/quickstart/random_reward.gin"}
 # make test-all runs them all
