@@ -1,4 +1,4 @@
-"""Device meshes, and which part of what lives where on them: one table of logical axes, for parameters and for rows."""
+"""Device meshes, and which part of parameters, training states and rows each device holds; the table is mlrl.axes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import contextlib
 import contextvars
 import logging
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,46 +14,10 @@ import jax.numpy as jnp
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mlrl.axes import AXES, RULES, axes_of, names_of, not_divided, spec_of
 from mlrl.types import Array, Params, Refused, TrainState, require_whole
 
 _log = logging.getLogger("mlrl")
-
-AXES = ("data", "fsdp", "tensor", "sequence", "expert")
-
-# Which axes of the mesh split a logical axis. All that is split follows from this table and the next.
-RULES = {
-    "rows": ("data", "fsdp"),
-    "columns": ("sequence",),
-    "width": ("fsdp",),
-    "vocabulary": ("tensor",),
-    "kv_heads": ("tensor",),
-    "mlp": ("tensor",),
-    "experts": ("expert",),
-}
-
-# The logical axes of every parameter, by the last two names of its path without the numbers of layers; "" is not
-# split, nor are axes that are left out. The residual stream's own vectors are small, and whole on every device.
-PARAMETERS = {
-    "embedding/embedding": ("vocabulary", "width"),
-    "positions/embedding": ("", "width"),
-    "qkv/kernel": ("width", "kv_heads"),
-    "qkv/bias": ("kv_heads",),
-    "out/kernel": ("kv_heads", "", "", "width"),
-    "out/bias": (),
-    "gate_up/kernel": ("width", "", "mlp"),
-    "gate_up/bias": ("", "mlp"),
-    "up/kernel": ("width", "mlp"),
-    "up/bias": ("mlp",),
-    "down/kernel": ("mlp", "width"),
-    "down/bias": (),
-    "router/kernel": ("width",),
-    "mlps/gate_up": ("experts", "width", "", "mlp"),
-    "mlps/down": ("experts", "mlp", "width"),
-    "head/kernel": ("width", "vocabulary"),
-    "value/kernel": (),
-    "value/bias": (),
-}
-_NORM = re.compile(r"\w*norms?/\w+")  # of any kind: whole
 
 _DEVICES: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("devices", default=())
 
@@ -93,7 +56,8 @@ def mesh(*, data: int = 0, fsdp: int = 1, tensor: int = 1, sequence: int = 1, ex
     if devices > len(available):
         raise Refused(f"mesh.devices is {devices}, but only {len(available)} devices are present")
     sizes = dict(zip(AXES, (data, fsdp, tensor, sequence, expert)))
-    return _arranged(available[: devices or len(available)], sizes)
+    chosen = available[: devices or len(available)]
+    return _arranged(chosen, _shape(len(chosen), sizes))
 
 
 def same(mesh: Mesh) -> Mesh:
@@ -103,11 +67,13 @@ def same(mesh: Mesh) -> Mesh:
 
 def rearranged(mesh: Mesh, *, data: int = 0, fsdp: int = 1, tensor: int = 1, sequence: int = 1,
                expert: int = 1) -> Mesh:  # fmt: skip
-    """The same devices in a mesh of other sizes. See `mesh`."""
-    return _arranged(tuple(mesh.devices.flat), dict(zip(AXES, (data, fsdp, tensor, sequence, expert))))
+    """The same devices, in the same order, in a mesh of other sizes. See `mesh`."""
+    shape = _shape(mesh.size, dict(zip(AXES, (data, fsdp, tensor, sequence, expert))))
+    return Mesh(mesh.devices.reshape(shape), AXES)
 
 
-def _arranged(devices: Sequence[Any], sizes: Mapping[str, int]) -> Mesh:
+def _shape(devices: int, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Sizes that multiply to the number of devices."""
     for name, size in sizes.items():
         require_whole("mesh", name, size, 0)
     rest = [name for name, size in sizes.items() if size == 0]
@@ -115,11 +81,15 @@ def _arranged(devices: Sequence[Any], sizes: Mapping[str, int]) -> Mesh:
         raise Refused(f"mesh.{rest[0]} and mesh.{rest[1]} are both 0, but only one axis can be what the others leave: "
                       f"set mesh.{rest[0]} = 1")  # fmt: skip
     given = math.prod(size for size in sizes.values() if size)
-    if len(devices) % given or (not rest and given != len(devices)):
+    if devices % given or (not rest and given != devices):
         product = " x ".join(f"{name} {size}" for name, size in sizes.items() if size != 1)
-        raise Refused(f"mesh: {product or 'data 1'} does not multiply to {len(devices)} devices: change a size, or set "
+        raise Refused(f"mesh: {product or 'data 1'} does not multiply to {devices} devices: change a size, or set "
                       "one axis to 0, or mesh.devices")  # fmt: skip
-    shape = tuple(size or len(devices) // given for size in sizes.values())
+    return tuple(size or devices // given for size in sizes.values())
+
+
+def _arranged(devices: Sequence[Any], shape: tuple[int, ...]) -> Mesh:
+    """Devices in a mesh, neighbours near each other."""
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
@@ -161,7 +131,7 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
       state: arrays or jax.ShapeDtypeStructs.
     """
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), _specs(state, mesh))
-    for line in _copied(state.params, mesh) | _copied(state.reference, mesh):
+    for line in not_divided(state.params, mesh) | not_divided(state.reference, mesh):
         _log.warning("%s", line)
     return shardings
 
@@ -179,6 +149,39 @@ def placed(params: Params) -> Params:
     return jax.device_put(params, parameter_shardings(params, mesh), may_alias=False)
 
 
+def mover(here: Any, there: Any) -> Callable[[Any], Any]:
+    """A program that moves arrays from one mesh to another of the same devices, in the same order.
+
+    No device ever holds more of an array than the larger of its parts here and there, but for copies of a part. Left to
+    itself, a compiler makes whole on every device what it does not know how to exchange, and `jax.device_put` goes by
+    way of the host. Between two splits into as many parts as there are devices it finds an exchange; so arrays are
+    first cut down to such a split where they are, then exchanged, then gathered to what is wanted.
+
+    Args:
+      here, there: NamedShardings in the structure of what is moved.
+    """
+
+    def move(tree: Any) -> Any:
+        for shardings in (here, there):
+            tree = jax.tree.map(lambda x, s: jax.lax.with_sharding_constraint(x, _finest(s, x.shape)), tree, shardings)
+        return tree
+
+    return jax.jit(move, in_shardings=(here,), out_shardings=there)
+
+
+def _finest(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
+    """An array's split, cut further along every axis of the mesh along which it is copied, as far as sizes divide."""
+    mesh, spec = sharding.mesh, sharding.spec
+    parts = [() if part is None else (part,) if isinstance(part, str) else tuple(part) for part in spec]
+    parts += [()] * (len(shape) - len(parts))
+    for name in (name for name, size in mesh.shape.items() if size > 1 and name not in sum(parts, ())):
+        for i, size in enumerate(shape):
+            if size % math.prod(mesh.shape[axis] for axis in (*parts[i], name)) == 0:
+                parts[i] += (name,)
+                break
+    return NamedSharding(mesh, PartitionSpec(*parts))
+
+
 def split(x: Array, *axes: str) -> Array:
     """Asks, inside jit, that an array be split over the current mesh by its logical axes, as far as they divide.
 
@@ -187,7 +190,7 @@ def split(x: Array, *axes: str) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, _spec(axes, x.shape, mesh))
+    return jax.lax.with_sharding_constraint(x, spec_of(axes, x.shape, mesh))
 
 
 def split_rows(tree: Any) -> Any:
@@ -222,11 +225,11 @@ def split_parameters(params: Params) -> Params:
 
 def _specs(state: TrainState, mesh: Any) -> TrainState:
     params, reference = (_parameter_specs(tree, mesh) for tree in (state.params, state.reference))
-    by_path = {_names(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(params)}
-    shapes = {_names(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
+    by_path = {names_of(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(params)}
+    shapes = {names_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
 
     def kept(path: tuple, leaf: Any) -> PartitionSpec:
-        names = _names(path)
+        names = names_of(path)
         ends = (names[i:] for i in range(len(names)))
         return next((by_path[end] for end in ends if shapes.get(end) == leaf.shape), PartitionSpec())
 
@@ -236,56 +239,4 @@ def _specs(state: TrainState, mesh: Any) -> TrainState:
 
 
 def _parameter_specs(params: Params, mesh: Any) -> Params:
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: _spec(_axes(path), leaf.shape, mesh), params)
-
-
-def _names(path: tuple) -> tuple[str, ...]:
-    """The last names of a path, back to whatever is no key of a dict."""
-    names: tuple[str, ...] = ()
-    for part in reversed(path):
-        if not isinstance(part, jax.tree_util.DictKey):
-            break
-        names = (str(part.key), *names)
-    return names
-
-
-def _axes(path: tuple) -> tuple[str, ...]:
-    """The logical axes of the parameter at a path."""
-    names = _names(path)
-    kind = "/".join(re.sub(r"_\d+$", "", name) for name in names[-2:])
-    if kind not in PARAMETERS and not _NORM.fullmatch(kind):
-        raise Refused(f"nothing says how the parameter {'/'.join(names)} is split: add {kind!r} to meshes.PARAMETERS")
-    return PARAMETERS.get(kind, ())
-
-
-def _divided(axis: str, size: int, mesh: Any) -> tuple[str, ...]:
-    """The axes of the mesh that split a logical axis of this size: as many as divide it."""
-    axes = tuple(name for name in RULES.get(axis, ()) if dict(mesh.shape).get(name, 1) > 1)
-    while axes and size % math.prod(mesh.shape[name] for name in axes):
-        axes = axes[:-1]
-    return axes
-
-
-def _spec(axes: Sequence[str], shape: Sequence[int], mesh: Any) -> PartitionSpec:
-    """In the one form that jit compares equal: no axes of size 1, nothing after the last that is split."""
-    parts = [_divided(axis, size, mesh) for axis, size in zip(axes, shape)]
-    while parts and not parts[-1]:
-        parts.pop()
-    return PartitionSpec(*(None if not part else part[0] if len(part) == 1 else part for part in parts))
-
-
-def _copied(params: Params, mesh: Mesh) -> set[str]:
-    """A line for each logical axis of parameters that does not divide over the mesh."""
-    found: dict[tuple[str, int], list[str]] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        for axis, size in zip(_axes(path), leaf.shape):
-            wanted = math.prod(mesh.shape[name] for name in RULES.get(axis, ()))
-            if wanted > 1 and not _divided(axis, size, mesh):
-                found.setdefault((axis, size), []).append("/".join(_names(path)))
-    lines = set()
-    for (axis, size), paths in found.items():
-        which = " and ".join(f"{name} = {mesh.shape[name]}" for name in RULES[axis])
-        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-        lines.add(f"the mesh's axis {which} does not divide the {axis} ({size}) of {paths[0]}{more}: copied along it")
-    return lines
-
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: spec_of(axes_of(path), leaf.shape, mesh), params)

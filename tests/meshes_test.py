@@ -11,7 +11,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from mlrl import checkpoints, meshes, optimizers, runs
+from mlrl import axes, checkpoints, meshes, optimizers, runs
 from mlrl.models.norms import LayerNorm
 from mlrl.models.transformer import Config, Transformer, initialize
 from mlrl.types import Refused, TrainState
@@ -105,7 +105,7 @@ def test_parameters_are_split_by_the_table():
 def test_every_parameter_is_in_the_table(changes):
     config = dataclasses.replace(DENSE, **changes)
     params, _ = specs(config, **ALL_THREE)
-    whole = {meshes._names(path)[-2:] for path, spec in jax.tree_util.tree_leaves_with_path(params) if spec == P()}
+    whole = {axes.names_of(path)[-2:] for path, spec in jax.tree_util.tree_leaves_with_path(params) if spec == P()}
     allowed = ("norm", "bias", "value", "critic")
     assert all(any(word in name for name in names for word in allowed) for names in whole), whole
     if "critic_layers" in changes:
@@ -113,7 +113,7 @@ def test_every_parameter_is_in_the_table(changes):
 
 
 def test_a_parameter_that_is_not_in_the_table_is_refused():
-    with pytest.raises(Refused, match="parameter attentions_0/qkv/strange is split: add 'qkv/strange' to meshes."):
+    with pytest.raises(Refused, match="parameter attentions_0/qkv/strange is split: add 'qkv/strange' to axes."):
         meshes.parameter_shardings({"attentions_0": {"qkv": {"strange": jnp.ones(8)}}}, meshes.mesh())
 
 

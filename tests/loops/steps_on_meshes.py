@@ -44,8 +44,9 @@ STEPS = 2
 def experiment(name):
     """PPO's loss and a KL to the reference, in micro-batches of half the rows."""
     model = dataclasses.replace(MODEL, experts=2, experts_per_token=1) if "experts" in name else MODEL
+    kl = functools.partial(regularizers.kl_penalty, kl_coef=0.1)
     return worlds.sums(mesh=functools.partial(meshes.mesh, **SIZES[name]), model=model, evaluations=(), minibatches=1,
-                       micro_batch_rows=16, losses=(policy.ppo_clip, regularizers.kl_penalty))  # fmt: skip
+                       micro_batch_rows=16, losses=(policy.ppo_clip, kl))  # fmt: skip
 
 
 def held_bytes(tree):
