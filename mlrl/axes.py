@@ -47,6 +47,8 @@ PARAMETERS = {
     "value/kernel": (),
     "value/bias": (),
 }
+# Columns are of activations alone, of which a compiler pads what does not divide; what is stored must divide.
+PADDED = ("columns",)
 _NORM = re.compile(r"\w*norms?/\w+")  # of any kind: whole
 
 
@@ -72,7 +74,8 @@ def axes_of(path: tuple) -> tuple[str, ...]:
 def divided(axis: str, size: int, mesh: Any) -> tuple[str, ...]:
     """The axes of the mesh that split a logical axis of this size: as many as divide it."""
     axes = tuple(name for name in RULES.get(axis, ()) if dict(mesh.shape).get(name, 1) > 1)
-    while axes and size % math.prod(mesh.shape[name] for name in axes):
+    shards = lambda: math.prod(mesh.shape[name] for name in axes)  # noqa: E731
+    while axes and (size < shards() if axis in PADDED else size % shards()):
         axes = axes[:-1]
     return axes
 

@@ -193,6 +193,7 @@ class Transformer(nn.Module):
     def logits(self, hidden: Array) -> Array:
         """Hidden states [...,D] to unnormalized log-probabilities [...,V], always fp32."""
         logits = self.embedding.attend(hidden) if self.config.tied_head else self.head(hidden)
+        logits = meshes.split(logits, "rows", *("columns",) * (logits.ndim - 2), "vocabulary")
         return soft_cap(logits.astype(jnp.float32), self.config.logits_cap)
 
     def critic_hidden(self, tokens: Array, positions: Array, mask: Array, caches: tuple[Cache, ...] = (),
