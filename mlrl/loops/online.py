@@ -220,7 +220,7 @@ def jitted(parts: Parts) -> dict[str, Callable]:
     sample = jax.jit(functools.partial(sample_rows, parts))
     if parts.reward.in_graph:
         return {"rollout": sample, "step": jax.jit(functools.partial(whole_step, parts), donate_argnums=0)}
-    return {"rollout": sample, "update": jax.jit(functools.partial(learn, parts))}
+    return {"rollout": sample, "update": jax.jit(functools.partial(learn, parts), donate_argnums=0)}
 
 
 def programs(parts: Parts) -> dict[str, Program]:

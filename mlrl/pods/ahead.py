@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import pathlib
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlrl import meshes
 from mlrl.loops.states import Program
-from mlrl.pods import work
+from mlrl.pods import topologies, work
 from mlrl.pods.chips import Chip, chip_of
 from mlrl.pods.collectives import traffic
 from mlrl.pods.roofline import Held, predicted
@@ -23,23 +26,29 @@ from mlrl.types import Refused
 Result = dict[str, Any]
 
 
-def compile_all(loop: Any, parts: Any, topology: str, slices: int, results: pathlib.Path) -> None:
-    """Compiles the programs of a prepared experiment, and adds a line of JSON to the file `results` for each.
+@contextlib.contextmanager
+def on_topology(topology: str, slices: int) -> Iterator[None]:
+    """Makes meshes of the devices of a topology. Raises Refused where libtpu does not know it, or is not there."""
+    with meshes.on(topologies.described(topology, slices)):
+        yield
+
+
+def compile_all(loop: Any, parts: Any, topology: str, results: pathlib.Path) -> None:
+    """Compiles the programs of a prepared experiment, within `on_topology`; adds lines of JSON to `results` for each.
 
     Programs of which the file has a line already are left out: so one that ends the process is not tried again.
 
     Args:
       loop: the module of the experiment's loop, with `programs`.
-      parts: what its `prepare` made, within meshes.of_devices.
-      results: each program's name is written before it is compiled, and its result after.
+      parts: what its `prepare` made.
+      results: what is known of a program is written before it is compiled, and all of it after.
     Raises: Refused, if the experiment's mesh leaves out devices of the topology.
     """
     kind, chip = chip_of(topology)
-    mesh = parts.experiment.mesh()
-    devices = len(meshes.present())
+    mesh, devices = parts.experiment.mesh(), meshes.mesh().size
     if mesh.size != devices:
-        raise Refused(f"the experiment's mesh has {mesh.size} of the {devices} devices of {slices} x {topology}: give "
-                      "it all of them (meshes.data_mesh.devices = 0), or name a smaller topology")  # fmt: skip
+        raise Refused(f"the experiment's mesh has {mesh.size} of the {devices} devices of {topology}: give it all of "
+                      "them (set meshes.mesh.devices = 0), or name a topology of its size")  # fmt: skip
     programs = loop.programs(parts)
     phases, runs = work.phases(parts, programs), work.runs(parts, programs)
     done = {line["program"] for line in read(results)}
@@ -48,7 +57,7 @@ def compile_all(loop: Any, parts: Any, topology: str, slices: int, results: path
             if name in done:
                 continue
             about = {"program": name, "runs": runs[name], "kind": kind, "chips": devices // chip.devices,
-                     "mesh": {axis: size for axis, size in mesh.shape.items()}}  # fmt: skip
+                     "mesh": dict(mesh.shape)}  # fmt: skip
             print(json.dumps(about), file=file, flush=True)
             result = compiled(program, phases[name], mesh, chip, devices // chip.devices)
             print(json.dumps(about | result), file=file, flush=True)
@@ -60,7 +69,7 @@ def read(results: pathlib.Path) -> list[Result]:
     return list({line["program"]: line for line in lines}.values())
 
 
-def compiled(program: Program, phases: work.Phases, mesh: jax.sharding.Mesh, chip: Chip, chips: int) -> Result:
+def compiled(program: Program, phases: work.Phases, mesh: Mesh, chip: Chip, chips: int) -> Result:
     """Compiles one program; what it needs per chip, or what the compiler refused it for. Bytes and seconds."""
     arguments = placed(program.arguments, mesh)
     start = time.perf_counter()
@@ -77,8 +86,9 @@ def compiled(program: Program, phases: work.Phases, mesh: jax.sharding.Mesh, chi
     sent = sent._replace(sent={kind: chip.devices * count for kind, count in sent.sent.items()})
     held = held_by(arguments, chip)
     time_ = predicted(phases, sent, held, chip, chips)
+    found = memory(executable.memory_analysis(), arguments, chip)
     return {
-        "fits": True, **memory(executable.memory_analysis(), chip),
+        "fits": found["spare_bytes"] >= 0, "missing_bytes": max(0, -found["spare_bytes"]), **found,
         "flops": {name: one.flops / chips for name, one in phases.items()},
         "sent_bytes": sent.sent, "loops": list(sent.loops), "unknown_loops": sent.unknown_loops,
         "weights_bytes": held.weights, "state_bytes": held.state,
@@ -90,13 +100,13 @@ def compiled(program: Program, phases: work.Phases, mesh: jax.sharding.Mesh, chi
     }  # fmt: skip
 
 
-def placed(arguments: Sequence[Any], mesh: jax.sharding.Mesh) -> tuple[Any, ...]:
+def placed(arguments: Sequence[Any], mesh: Mesh) -> tuple[Any, ...]:
     """Shapes and dtypes of a program's arguments with the shardings that the loops give them: the state, then rows."""
     state, *rows = arguments
-    whole, split = meshes.replicated(mesh), meshes.rows(mesh)
-    shards = dict(mesh.shape).get("data", 1)
+    shards, whole = meshes.row_shards(mesh), NamedSharding(mesh, PartitionSpec())
+    split = NamedSharding(mesh, PartitionSpec(meshes.RULES["rows"]))
 
-    def place(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    def place(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     def row(x: Any) -> Any:
@@ -104,15 +114,22 @@ def placed(arguments: Sequence[Any], mesh: jax.sharding.Mesh) -> tuple[Any, ...]
             return x
         return place(x, split if x.ndim and x.shape[0] % shards == 0 else whole)
 
-    return jax.tree.map(lambda x: place(x, whole), state), *jax.tree.map(row, rows)
+    return jax.tree.map(place, state, meshes.state_shardings(state, mesh)), *jax.tree.map(row, rows)
 
 
-def memory(stats: Any, chip: Chip) -> Result:
-    """The compiler's bytes of one device, as bytes of a chip. Outputs that reuse the memory of arguments are not counted."""
+def memory(stats: Any, arguments: Sequence[Any], chip: Chip) -> Result:
+    """What a chip holds while a program runs, in bytes, from what the compiler says of one device.
+
+    What reuses the memory of arguments is no output. Beside the program lies whatever part of the state it does not
+    read, and which is not among its arguments: sampling does without the optimizer's.
+    """
+    given = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(arguments[0])
+                if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key))  # fmt: skip
     found = {
         "arguments_bytes": stats.argument_size_in_bytes, "temporaries_bytes": stats.temp_size_in_bytes,
         "output_bytes": stats.output_size_in_bytes - stats.alias_size_in_bytes,
         "code_bytes": stats.generated_code_size_in_bytes,
+        "beside_bytes": max(0, given - stats.argument_size_in_bytes),
     }  # fmt: skip
     found = {name: chip.devices * count for name, count in found.items()}
     return found | {"spare_bytes": chip.hbm_bytes - sum(found.values())}
@@ -123,13 +140,14 @@ def held_by(arguments: Sequence[Any], chip: Chip) -> Held:
     axes, gathered over all others.
     """
     state = arguments[0]
-    on_device = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-                    for x in jax.tree.leaves((state.params, state.opt_state)))  # fmt: skip
-    weights = sum(math.prod(x.shape) * x.dtype.itemsize / _kept_apart(x.sharding) for x in jax.tree.leaves(state.params))
-    return Held(chip.devices * weights, chip.devices * on_device)
+    size = lambda x, parts: math.prod(x.shape) * x.dtype.itemsize / parts  # noqa: E731
+    of_mesh = lambda x: math.prod(x.shape) / math.prod(x.sharding.shard_shape(x.shape))  # noqa: E731
+    held = sum(size(x, of_mesh(x)) for x in jax.tree.leaves((state.params, state.opt_state)))
+    weights = sum(size(x, _kept_apart(x.sharding)) for x in jax.tree.leaves(state.params))
+    return Held(chip.devices * weights, chip.devices * held)
 
 
-def _kept_apart(sharding: jax.sharding.NamedSharding) -> int:
+def _kept_apart(sharding: NamedSharding) -> int:
     named = [axis for entry in sharding.spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
     return math.prod(sharding.mesh.shape[axis] for axis in named if axis in ("tensor", "expert"))
 

@@ -13,10 +13,25 @@ from collections.abc import Sequence
 
 from mlrl.pods import ahead, topologies
 from mlrl.pods.ahead import Result
-from mlrl.pods.chips import CHIPS, chip_of
+from mlrl.pods.chips import chip_of
 from mlrl.types import Refused
 
-_GIB = 2**30
+
+def report(experiment: str, overrides: Sequence[str], topology: str, slices: int, json_file: str) -> int:
+    """Compiles an experiment in another process and prints what comes of it; the exit status: 0 if everything fits.
+
+    Args:
+      experiment: its gin file.
+      overrides: the command line's, as given.
+      json_file: a file for the numbers; "" for none, "-" to print them in place of the text.
+    """
+    command = [sys.executable, "-m", "mlrl", "compile", experiment, "--topology", topology, "--slices", str(slices)]
+    found = summary(topology, slices, compile_elsewhere([*command, *overrides], topology, slices))
+    numbers = json.dumps({"experiment": experiment} | found, indent=2)
+    print(numbers if json_file == "-" else text(found))
+    if json_file not in ("", "-"):
+        pathlib.Path(json_file).write_text(numbers + "\n")
+    return 0 if found["fits"] else 1
 
 
 def compile_elsewhere(command: Sequence[str], topology: str, slices: int) -> list[Result]:
@@ -59,7 +74,7 @@ def _last_line(done: subprocess.CompletedProcess) -> str:
 
 def summary(topology: str, slices: int, results: Sequence[Result]) -> Result:
     """All results and what follows of them: whether everything fits, and the predicted seconds of a step or round."""
-    seconds = [r["runs"] * r["predicted_seconds"] for r in results if r["fits"]]
+    seconds = [r["runs"] * r["predicted_seconds"] for r in results if "predicted_seconds" in r]
     fits = bool(results) and all(r["fits"] for r in results)
     return {
         "topology": topology, "slices": slices, "chips": results[0]["chips"] if results else 0, "fits": fits,
@@ -71,44 +86,61 @@ def summary(topology: str, slices: int, results: Sequence[Result]) -> Result:
 def text(found: Result) -> str:
     """The summary for people."""
     kind, chip = chip_of(found["topology"])
-    first = found["programs"][0]
-    mesh = ", ".join(f"{axis} {size}" for axis, size in first["mesh"].items())
+    mesh = " x ".join(f"{axis} {size}" for axis, size in found["programs"][0]["mesh"].items() if size > 1)
     slices = f"{found['slices']} slices of " if found["slices"] > 1 else ""
-    lines = [f"{slices}{found['topology']}: {found['chips']} chips of {kind}, {chip.hbm_bytes / _GIB:.2f} GiB of memory "
-             f"each; mesh: {mesh}", "All numbers are of one chip."]  # fmt: skip
+    lines = [f"{slices}{found['topology']}: {found['chips']} chips of {kind}, each with {_bytes(chip.hbm_bytes)} for "
+             f"programs; mesh: {mesh}", "All numbers below are of one chip."]  # fmt: skip
     for result in found["programs"]:
         lines += ["", *_program(result)]
     if found["predicted_seconds"] is not None:
-        lines += ["", f"predicted    {_seconds(found['predicted_seconds'])} a {found['unit']}, by a roofline: a lower "
-                  "bound that nothing has measured (docs/pods.md)"]  # fmt: skip
+        lines += ["", f"a {found['unit']:<10} predicted to take at least {_seconds(found['predicted_seconds'])}, by a "
+                  "roofline that nothing has measured (docs/pods.md)"]  # fmt: skip
     return "\n".join(lines)
 
 
 def _program(r: Result) -> list[str]:
-    """A program's lines."""
-    if not r["fits"]:
+    """A program's lines: what it needs, does and sends."""
+    if "arguments_bytes" not in r:
         missing = r.get("missing_bytes", 0.0)
-        what = (f"does not fit: needs {_gib(r['needed_bytes'])}, {_gib(missing)} too much" if missing else r["said"])
+        what = f"does not fit: needs {_bytes(r['needed_bytes'])}, {_bytes(missing)} too much" if missing else r["said"]
         return [f"{r['program']:<12} {what}"]
-    flops, sent = r["flops"], r["sent_bytes"]
-    phases = ", ".join(f"{name} {count / 1e12:,.3g}" for name, count in flops.items())
-    kinds = ", ".join(f"{kind} {_gib(count)}" for kind, count in sent.items())
-    loops = f"; {r['unknown_loops']} loop(s) of unknown length counted once" if r["unknown_loops"] else ""
-    times = "; ".join(f"{name}: products {_seconds(t['products'])}, memory {_seconds(t['memory'])}"
-                      for name, t in r["predicted_phases"].items())  # fmt: skip
-    return [
-        f"{r['program']:<12} fits, with {_gib(r['spare_bytes'])} to spare: arguments {_gib(r['arguments_bytes'])}, "
-        f"temporaries {_gib(r['temporaries_bytes'])}, output {_gib(r['output_bytes'])}, program {_gib(r['code_bytes'])}",
-        f"{'':<12} TFLOPs by formula: {phases}",
-        f"{'':<12} sends {_gib(sum(sent.values()))}{': ' if kinds else ''}{kinds}{loops}",
-        f"{'':<12} predicted {_seconds(r['predicted_seconds'])} ({times}; links {_seconds(r['predicted_links_seconds'])})",
-        f"{'':<12} compiled in {r['compile_seconds']:.1f} s, after {r['trace_seconds']:.1f} s of tracing",
-    ]  # fmt: skip
+    fits = f"fits, {_bytes(r['spare_bytes'])} to spare" if r["fits"] else (
+        f"does not fit: {_bytes(r['missing_bytes'])} too much")  # fmt: skip
+    parts = {name: r[f"{name}_bytes"] for name in ("arguments", "temporaries", "output", "code", "beside")}
+    sent, phases = r["sent_bytes"], r["predicted_phases"]
+    kinds = ", ".join(f"{kind} {_bytes(count)}" for kind, count in sent.items()) or "nothing"
+    loops = f" ({r['unknown_loops']} loop(s) of unknown length counted once)" if r["unknown_loops"] else ""
+    lines = {
+        "memory": f"{fits}: " + ", ".join(f"{name} {_bytes(size)}" for name, size in parts.items() if size),
+        "products": ", ".join(f"{name} {_flops(count)}" for name, count in r["flops"].items()),
+        "sends": kinds + loops,
+        "predicted": f"{_seconds(r['predicted_seconds'])}: " + "; ".join(
+            f"{name} {_seconds(t['products'])} of products, {_seconds(t['memory'])} of memory"
+            for name, t in phases.items()) + f"; links {_seconds(r['predicted_links_seconds'])}" + (
+            "" if r["predicted_network_seconds"] == 0 else f"; network {_seconds(r['predicted_network_seconds'])}"),
+        "compiled": f"in {r['compile_seconds']:.1f} s, after {r['trace_seconds']:.1f} s of tracing",
+    }  # fmt: skip
+    return [f"{r['program'] if i == 0 else '':<12} {name:<10} {line}" for i, (name, line) in enumerate(lines.items())]
 
 
-def _gib(count: float) -> str:
-    return f"{count / _GIB:.2f} GiB" if count >= _GIB / 100 else f"{count / 2**20:.2f} MiB"
+def _bytes(count: float) -> str:
+    return _in_units(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
 
 
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds >= 1 or seconds == 0 else f"{1000 * seconds:.3g} ms"
+def _flops(count: float) -> str:
+    return _in_units(count, 1000, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP"))
+
+
+def _seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return "unknown"
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms" if seconds >= 1e-3 else (
+        f"{1e6 * seconds:.3g} us")  # fmt: skip
+
+
+def _in_units(count: float, step: int, units: Sequence[str]) -> str:
+    for unit in units:
+        if count < step or unit == units[-1]:
+            return f"{count:.3g} {unit}" if count < 1000 else f"{count:,.0f} {unit}"
+        count /= step
+    return ""

@@ -36,7 +36,8 @@ def of_head(config: Config) -> float:
     return 2.0 * config.width * config.vocabulary_size
 
 
-def sampling(config: Config, *, prompts: int, prompt_columns: int, rows: int, completion_columns: int) -> dict[str, float]:
+def sampling(config: Config, *, prompts: int, prompt_columns: int, rows: int,
+             completion_columns: int) -> dict[str, float]:  # fmt: skip
     """Sampling T = completion_columns tokens for each of so many rows, a prompt being prefilled once for its group.
 
         prefill   prompts P (token + attention to P columns) + rows head
@@ -54,7 +55,7 @@ def sampling(config: Config, *, prompts: int, prompt_columns: int, rows: int, co
 
 
 def scoring(config: Config, *, rows: int, columns: int, scored: int) -> float:
-    """A forward pass over rows of L columns, with logits at the scored ones: rows (L (token + attention) + scored head).
+    """A forward pass over rows of L columns, with logits at scored ones: rows (L (token + attention) + scored head).
     """
     c = config
     through = of_token(c, c.layers) + of_attention(c, c.layers, columns)

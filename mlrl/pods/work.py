@@ -84,8 +84,10 @@ def annotated(parts: Any, rows: int, columns: int, scored: int) -> Work:
     c, size = parts.model.config, {"rows": rows, "columns": columns, "scored": scored}
     with_values = "Batch.values" in parts.reads
     passes = []
-    if ("Batch.old_log_probs" in parts.reads and _asks(parts, rows, columns)) or (with_values and not c.critic_layers):
+    if "Batch.old_log_probs" in parts.reads and _asks(parts, rows, columns):
         passes.append(flops.scoring(c, **size))
+    elif with_values and not c.critic_layers:
+        passes.append(flops.scoring(c, **size | {"scored": 0}))  # only for the values on it
     if with_values:
         passes.append(flops.values(c, **size))
     if reads_reference(parts):
