@@ -59,7 +59,7 @@ def compile_all(loop: Any, parts: Any, topology: str, results: pathlib.Path) -> 
             about = {"program": name, "runs": runs[name], "kind": kind, "chips": devices // chip.devices,
                      "mesh": dict(mesh.shape)}  # fmt: skip
             print(json.dumps(about), file=file, flush=True)
-            result = compiled(program, phases[name], mesh, chip, devices // chip.devices)
+            result = compiled(program, phases[name], mesh, chip, parts.model.config.dtype)
             print(json.dumps(about | result), file=file, flush=True)
 
 
@@ -69,22 +69,22 @@ def read(results: pathlib.Path) -> list[Result]:
     return list({line["program"]: line for line in lines}.values())
 
 
-def compiled(program: Program, phases: work.Phases, mesh: Mesh, chip: Chip, chips: int) -> Result:
+def compiled(program: Program, phases: work.Phases, mesh: Mesh, chip: Chip, dtype: str) -> Result:
     """Compiles one program; what it needs per chip, or what the compiler refused it for. Bytes and seconds."""
-    arguments = placed(program.arguments, mesh)
+    arguments, chips = placed(program.arguments, mesh), mesh.size // chip.devices
     start = time.perf_counter()
     with meshes.use(mesh):
         lowered = program.function.lower(*arguments)
-    lowered_at = time.perf_counter()
+    lowered_at, cpu = time.perf_counter(), time.process_time()
     jax.config.update("jax_enable_compilation_cache", False)  # what is found there took no time to compile
     try:
         executable = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         return {"fits": False, **refusal(str(error), chip)}
-    seconds = time.perf_counter() - lowered_at
+    seconds, cpu = time.perf_counter() - lowered_at, time.process_time() - cpu
     sent = traffic(executable.as_text())
     sent = sent._replace(sent={kind: chip.devices * count for kind, count in sent.sent.items()})
-    held = held_by(arguments, chip)
+    held = held_by(arguments, chip, dtype)
     time_ = predicted(phases, sent, held, chip, chips)
     found = memory(executable.memory_analysis(), arguments, chip)
     return {
@@ -92,7 +92,7 @@ def compiled(program: Program, phases: work.Phases, mesh: Mesh, chip: Chip, chip
         "flops": {name: one.flops / chips for name, one in phases.items()},
         "sent_bytes": sent.sent, "loops": list(sent.loops), "unknown_loops": sent.unknown_loops,
         "weights_bytes": held.weights, "state_bytes": held.state,
-        "trace_seconds": lowered_at - start, "compile_seconds": seconds,
+        "trace_seconds": lowered_at - start, "compile_seconds": seconds, "compile_cpu_seconds": cpu,
         "predicted_seconds": time_.seconds, "predicted_serial_seconds": _known(time_.serial),
         "predicted_phases": {name: {"products": products, "memory": memory_}
                              for name, products, memory_ in time_.phases},
@@ -135,15 +135,14 @@ def memory(stats: Any, arguments: Sequence[Any], chip: Chip) -> Result:
     return found | {"spare_bytes": chip.hbm_bytes - sum(found.values())}
 
 
-def held_by(arguments: Sequence[Any], chip: Chip) -> Held:
-    """What a chip holds of the state, and what of the weights it multiplies with: its part over the tensor and expert
-    axes, gathered over all others.
+def held_by(arguments: Sequence[Any], chip: Chip, dtype: str) -> Held:
+    """What a chip holds of the state, and what of the weights it multiplies with, in the dtype of products: its part
+    over the tensor and expert axes, gathered over all others.
     """
     state = arguments[0]
-    size = lambda x, parts: math.prod(x.shape) * x.dtype.itemsize / parts  # noqa: E731
-    of_mesh = lambda x: math.prod(x.shape) / math.prod(x.sharding.shard_shape(x.shape))  # noqa: E731
-    held = sum(size(x, of_mesh(x)) for x in jax.tree.leaves((state.params, state.opt_state)))
-    weights = sum(size(x, _kept_apart(x.sharding)) for x in jax.tree.leaves(state.params))
+    held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+               for x in jax.tree.leaves((state.params, state.opt_state)))  # fmt: skip
+    weights = sum(x.size / _kept_apart(x.sharding) for x in jax.tree.leaves(state.params)) * jnp.dtype(dtype).itemsize
     return Held(chip.devices * weights, chip.devices * held)
 
 

@@ -118,7 +118,8 @@ def _program(r: Result) -> list[str]:
             f"{name} {_seconds(t['products'])} of products, {_seconds(t['memory'])} of memory"
             for name, t in phases.items()) + f"; links {_seconds(r['predicted_links_seconds'])}" + (
             "" if r["predicted_network_seconds"] == 0 else f"; network {_seconds(r['predicted_network_seconds'])}"),
-        "compiled": f"in {r['compile_seconds']:.1f} s, after {r['trace_seconds']:.1f} s of tracing",
+        "compiled": f"in {r['compile_seconds']:.1f} s ({r['compile_cpu_seconds']:.1f} s of a core), after "
+                    f"{r['trace_seconds']:.1f} s of tracing",
     }  # fmt: skip
     return [f"{r['program'] if i == 0 else '':<12} {name:<10} {line}" for i, (name, line) in enumerate(lines.items())]
 
