@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlrl import meshes
 from mlrl.loops.states import Program
-from mlrl.pods import topologies, work
+from mlrl.pods import flops, topologies, work
 from mlrl.pods.chips import Chip, chip_of
 from mlrl.pods.collectives import traffic
 from mlrl.pods.roofline import Held, predicted
@@ -50,7 +50,7 @@ def compile_all(loop: Any, parts: Any, topology: str, results: pathlib.Path) -> 
         raise Refused(f"the experiment's mesh has {mesh.size} of the {devices} devices of {topology}: give it all of "
                       "them (set meshes.mesh.devices = 0), or name a topology of its size")  # fmt: skip
     programs = loop.programs(parts)
-    phases, runs = work.phases(parts, programs), work.runs(parts, programs)
+    runs = work.runs(parts, programs)
     done = {line["program"] for line in read(results)}
     with results.open("a") as file:
         for name, program in programs.items():
@@ -59,7 +59,7 @@ def compile_all(loop: Any, parts: Any, topology: str, results: pathlib.Path) -> 
             about = {"program": name, "runs": runs[name], "kind": kind, "chips": devices // chip.devices,
                      "mesh": dict(mesh.shape)}  # fmt: skip
             print(json.dumps(about), file=file, flush=True)
-            result = compiled(program, phases[name], mesh, chip, parts.model.config.dtype)
+            result = compiled(name, program, parts, mesh, chip)
             print(json.dumps(about | result), file=file, flush=True)
 
 
@@ -69,12 +69,13 @@ def read(results: pathlib.Path) -> list[Result]:
     return list({line["program"]: line for line in lines}.values())
 
 
-def compiled(program: Program, phases: work.Phases, mesh: Mesh, chip: Chip, dtype: str) -> Result:
+def compiled(name: str, program: Program, parts: Any, mesh: Mesh, chip: Chip) -> Result:
     """Compiles one program; what it needs per chip, or what the compiler refused it for. Bytes and seconds."""
     arguments, chips = placed(program.arguments, mesh), mesh.size // chip.devices
     start = time.perf_counter()
     with meshes.use(mesh):
-        lowered = program.function.lower(*arguments)
+        traced = program.function.trace(*arguments)
+        lowered = traced.lower()
     lowered_at, cpu = time.perf_counter(), time.process_time()
     jax.config.update("jax_enable_compilation_cache", False)  # what is found there took no time to compile
     try:
@@ -82,20 +83,22 @@ def compiled(program: Program, phases: work.Phases, mesh: Mesh, chip: Chip, dtyp
     except jax.errors.JaxRuntimeError as error:
         return {"fits": False, **refusal(str(error), chip)}
     seconds, cpu = time.perf_counter() - lowered_at, time.process_time() - cpu
+    products = flops.products(traced.jaxpr)
+    phases = work.phases(parts, name, products, program.arguments)
     sent = traffic(executable.as_text())
     sent = sent._replace(sent={kind: chip.devices * count for kind, count in sent.sent.items()})
-    held = held_by(arguments, chip, dtype)
+    held = held_by(arguments, chip, parts.model.config.dtype)
     time_ = predicted(phases, sent, held, chip, chips)
     found = memory(executable.memory_analysis(), arguments, chip)
     return {
         "fits": found["spare_bytes"] >= 0, "missing_bytes": max(0, -found["spare_bytes"]), **found,
-        "flops": {name: one.flops / chips for name, one in phases.items()},
-        "sent_bytes": sent.sent, "loops": list(sent.loops), "unknown_loops": sent.unknown_loops,
+        "flops": {phase: one.flops / chips for phase, one in phases.items()},
+        "sent_bytes": sent.sent, "unknown_loops": sent.unknown_loops + products.unknown_loops,
         "weights_bytes": held.weights, "state_bytes": held.state,
         "trace_seconds": lowered_at - start, "compile_seconds": seconds, "compile_cpu_seconds": cpu,
         "predicted_seconds": time_.seconds, "predicted_serial_seconds": _known(time_.serial),
-        "predicted_phases": {name: {"products": products, "memory": memory_}
-                             for name, products, memory_ in time_.phases},
+        "predicted_phases": {phase: {"products": products_, "memory": memory_}
+                             for phase, products_, memory_ in time_.phases},
         "predicted_links_seconds": time_.links, "predicted_network_seconds": _known(time_.network),
     }  # fmt: skip
 

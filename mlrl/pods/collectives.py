@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterator
@@ -16,19 +17,19 @@ _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64} | {
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
-_CALLED = re.compile(r"(?:calls|to_apply|\w+_computations?)=\{?(%[\w.\-]+(?:, %[\w.\-]+)*)")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|\w+_computations?)=\{?(%[\w.\-]+(?:, %[\w.\-]+)*)")
 
 
 class Traffic(NamedTuple):
     """What one chip sends while a program runs once.
 
     sent             bytes by kind; kinds that do not occur are left out
-    loops            times that each loop with collectives in it was counted
+    loops            loops with collectives in them
     unknown_loops    loops that were counted once, since nothing in the text bounds them
     """
 
     sent: dict[str, float]
-    loops: tuple[int, ...]
+    loops: int
     unknown_loops: int
 
 
@@ -51,7 +52,8 @@ def traffic(hlo: str) -> Traffic:
 
     A collective in a loop counts as often as the loop runs: its known trip count or, where the loop may end earlier
     (decoding does, when every row has ended), the largest number that its condition compares with. So this is an
-    upper bound. An all-reduce of which each chip keeps a slice, which TPUs run as one, counts as a reduce-scatter.
+    upper bound. Of a conditional's branches the one that sends most counts. An all-reduce of which each chip keeps a
+    slice counts as the reduce-scatter that TPUs make of it.
 
     Args:
       hlo: `compiled.as_text()`, of a program split over devices.
@@ -59,33 +61,37 @@ def traffic(hlo: str) -> Traffic:
     computations, entry = _parsed(hlo)
     partitions = re.search(r"num_partitions=(\d+)", hlo)
     devices = int(partitions[1]) if partitions else 1
-    sent: dict[str, float] = {}
-    loops, unknown = [], 0
 
-    def walk(name: str, times: int) -> bool:
-        """Adds what the computation sends in so many runs; whether it sends anything."""
-        nonlocal unknown
-        found = False
+    @functools.cache
+    def of(name: str) -> Traffic:
+        total = Traffic({}, 0, 0)
         for one in computations[name]:
-            if one.opcode == "while":
-                body, condition = (re.search(rf"{part}=%([\w.\-]+)", one.rest)[1] for part in ("body", "condition"))
-                trips = _trips(computations, condition, one.rest)
-                before = unknown
-                if walk(condition, times * (trips or 1)) | walk(body, times * (trips or 1)):
-                    found = True
-                    loops.extend([trips] if trips else [])
-                    unknown = unknown if trips else before + 1
-                continue
             kind, count = _sent(one, name, devices)
-            if count:
-                sent[kind] = sent.get(kind, 0.0) + times * count
-                found = True
-            for other in _called(one):
-                found |= walk(other, times)
-        return found
+            inner = [of(other) for other in _called(one)]
+            if one.opcode == "conditional":
+                inner = [max(inner, key=lambda branch: sum(branch.sent.values()))]
+            if one.opcode == "while":
+                inner = [_in_loop(inner, _trips(computations, one))]
+            for more in [Traffic({kind: count} if count else {}, 0, 0), *inner]:
+                total = _sum(total, more)
+        return total
 
-    walk(entry, 1)
-    return Traffic(sent, tuple(loops), unknown)
+    return of(entry)
+
+
+def _sum(one: Traffic, other: Traffic) -> Traffic:
+    kinds = one.sent | other.sent
+    sent = {kind: one.sent.get(kind, 0.0) + other.sent.get(kind, 0.0) for kind in kinds}
+    return Traffic(sent, one.loops + other.loops, one.unknown_loops + other.unknown_loops)
+
+
+def _in_loop(parts: list[Traffic], trips: int) -> Traffic:
+    """What the condition and the body of a loop send in all its turns; 0 trips: nothing says how many."""
+    once = functools.reduce(_sum, parts)
+    if not once.sent:
+        return once
+    sent = {kind: (trips or 1) * count for kind, count in once.sent.items()}
+    return Traffic(sent, once.loops + 1, once.unknown_loops + (trips == 0))
 
 
 def _parsed(hlo: str) -> tuple[dict[str, list[_Instruction]], str]:
@@ -161,15 +167,20 @@ def _group_size(rest: str, devices: int) -> int:
     return devices
 
 
-def _trips(computations: dict[str, list[_Instruction]], condition: str, rest: str) -> int:
+def _trips(computations: dict[str, list[_Instruction]], loop: _Instruction) -> int:
     """How often a loop runs at most; 0 if that is not known."""
-    if known := re.search(r'known_trip_count\W+n\W+(\d+)', rest):
+    if known := re.search(r'known_trip_count\W+n\W+(\d+)', loop.rest):
         return int(known[1])
+    return _bound(computations, re.search(r"condition=%([\w.\-]+)", loop.rest)[1])
+
+
+def _bound(computations: dict[str, list[_Instruction]], condition: str) -> int:
+    """The largest whole number that a condition compares with; 0 without any."""
     numbers, found = {}, [0]
     for one in computations[condition]:
         if one.opcode == "constant" and re.match(r"[su]32\[\]", one.shape):
             numbers[one.name] = int(re.search(r"constant\((-?\d+)\)", one.rest)[1])
         if one.opcode == "compare":
             found.extend(numbers.get(name, 0) for name in re.findall(r"%([\w.\-]+)", one.rest.partition(")")[0]))
-        found.extend(_trips(computations, other, "") for other in _called(one))
+        found.extend(_bound(computations, other) for other in _called(one))
     return max(found)

@@ -1,81 +1,129 @@
-"""Floating-point operations of sampling, scoring and learning, by formula from the model's shape."""
+"""Floating-point operations of a program, counted product by product before anything is compiled."""
 
 from __future__ import annotations
 
-from mlrl.models.transformer import Config
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
-# In every formula: D width, H query heads, K heads of keys and values, w head width, F MLP width, V vocabulary.
-# Only matrix products count, 2 operations to each multiply-add. Everything else (norms, softmaxes, samplers, the
-# optimizer) is below a few percent for models of some width.
+import jax
+import numpy as np
+from jax.extend import core
+from jax.interpreters import partial_eval
 
 
-def of_token(config: Config, layers: int) -> float:
-    """A token through the trunk, attention between tokens left out: 2 x the parameters that it multiplies with.
+class Products(NamedTuple):
+    """Operations of all matrix products in a program, on all chips together.
 
-        2 layers (D (H + 2K) w + H w D + MLP)      MLP = 3 D F if gated, 2 D F if not,
-                                                   experts_per_token 3 D F + D experts with experts
+    outside        of those that run a fixed number of times
+    inside         of those in loops that may end early, as decoding does; counted to their last turn
+    turns          turns of these loops
+    unknown_loops  loops that were counted once, since nothing bounds them
     """
-    c = config
-    mlp = (3 if c.gated_mlp else 2) * c.width * c.mlp_width
-    if c.experts:
-        mlp = c.experts_per_token * mlp + c.width * c.experts
-    attention = c.width * (c.heads + 2 * c.kv_heads) * c.head_width + c.heads * c.head_width * c.width
-    return 2.0 * layers * (attention + mlp)
+
+    outside: float
+    inside: float
+    turns: int
+    unknown_loops: int
 
 
-def of_attention(config: Config, layers: int, columns: int) -> float:
-    """A token's attention to so many columns: 4 layers H w columns, for the products with keys and with values.
+def products(traced: core.ClosedJaxpr) -> Products:
+    """The matrix products that a traced program's outputs depend on.
 
-    All columns that the program looks at count, those behind a mask too: the causal half is computed as well.
+    A product of [m,k] and [k,n] is 2 m k n operations; a batch of b of them 2 b m k n. One in a `scan` counts as often
+    as the scan is long, one in a `while` as often as the largest number allows that its condition compares with; of the
+    branches of a `cond` the most expensive counts. A token through a dense decoder of n weights is 2 n operations, and
+    2 x 2 n more for its gradients. Masked positions count: they are computed. Everything else (norms, softmaxes,
+    samplers, the optimizer) is left out; it is below a few percent for models of some width.
+
+    Args:
+      traced: as in `jitted.trace(*arguments).jaxpr`.
     """
-    return 4.0 * layers * config.heads * config.head_width * columns
+    jaxpr, _ = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
+    return _of(jaxpr)
 
 
-def of_head(config: Config) -> float:
-    """A hidden state to logits: 2 D V."""
-    return 2.0 * config.width * config.vocabulary_size
+def _of(jaxpr: Any) -> Products:
+    outside, inside, turns, unknown = _of_equations(jaxpr), 0.0, 0, 0
+    for equation in jaxpr.eqns:
+        found = [_of(inner) for inner in _inner(equation)]
+        if not found:
+            continue
+        if equation.primitive.name == "cond":
+            found = [max(found, key=lambda one: one.outside + one.inside)]
+        once, times = Products(*map(sum, zip(*found))), _times(equation)
+        if equation.primitive.name == "while":
+            once = _in_while(equation, once)
+        outside, inside = outside + times * once.outside, inside + times * once.inside
+        turns, unknown = turns + times * once.turns, unknown + once.unknown_loops
+    return Products(outside, inside, turns, unknown)
 
 
-def sampling(config: Config, *, prompts: int, prompt_columns: int, rows: int,
-             completion_columns: int) -> dict[str, float]:  # fmt: skip
-    """Sampling T = completion_columns tokens for each of so many rows, a prompt being prefilled once for its group.
-
-        prefill   prompts P (token + attention to P columns) + rows head
-        decode    rows (T - 1) (token + attention to P + T columns + head)
-
-    Rows are counted to their full length: decoding ends earlier when every row has ended.
-    """
-    c, width = config, prompt_columns + completion_columns
-    token = of_token(c, c.layers)
-    one_more = token + of_attention(c, c.layers, width) + of_head(c)
-    return {
-        "prefill": prompts * prompt_columns * (token + of_attention(c, c.layers, prompt_columns)) + rows * of_head(c),
-        "decode": rows * (completion_columns - 1) * one_more,
-    }  # fmt: skip
+def _in_while(equation: Any, once: Products) -> Products:
+    """A loop's products, all of which may end early."""
+    work = once.outside + once.inside
+    if not work:
+        return Products(0.0, 0.0, 0, 0)
+    turns = _turns(equation)
+    unknown = once.unknown_loops + (turns is None)
+    turns = 1 if turns is None else turns
+    return Products(0.0, turns * work, turns * max(1, once.turns), unknown)
 
 
-def scoring(config: Config, *, rows: int, columns: int, scored: int) -> float:
-    """A forward pass over rows of L columns, with logits at scored ones: rows (L (token + attention) + scored head).
-    """
-    c = config
-    through = of_token(c, c.layers) + of_attention(c, c.layers, columns)
-    return rows * (columns * through + scored * of_head(c))
+def _of_equations(jaxpr: Any) -> float:
+    """The products that stand in the jaxpr itself."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, out = equation.primitive.name, equation.outvars[0].aval if equation.outvars else None
+        if name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval
+            total += 2.0 * out.size * math.prod(left.shape[axis] for axis in contracted)
+        elif name.startswith("ragged_dot"):  # [m,k] x [g,k,n] -> [m,n], and its gradient [m,k] x [m,n] -> [g,k,n]
+            total += 2.0 * equation.invars[0].aval.size * out.shape[-1]
+    return total
 
 
-def values(config: Config, *, rows: int, columns: int, scored: int) -> float:
-    """Values of the scored columns: 2 D each, and a pass through the critic if there is one, of rows (L (token +
-    attention)); without one the policy's pass is not counted here.
-    """
-    c = config
-    through = of_token(c, c.critic_layers) + of_attention(c, c.critic_layers, columns)
-    return rows * (columns * through + scored * 2.0 * c.width)
+def _inner(equation: Any) -> Iterator[Any]:
+    """The jaxprs in an equation's parameters."""
+    for value in equation.params.values():
+        for one in value if isinstance(value, tuple | list) else (value,):
+            one = getattr(one, "jaxpr", one)
+            if hasattr(one, "eqns"):
+                yield one
 
 
-def learning(config: Config, *, rows: int, columns: int, scored: int, with_values: bool, chunked: bool) -> float:
-    """A forward and backward pass: 3 x the forward, since a product has two in its backward pass.
+def _times(equation: Any) -> int:
+    """How often what is inside of an equation runs, over all chips."""
+    name, params = equation.primitive.name, equation.params
+    if name == "scan":
+        return params["length"]
+    if name == "shard_map":
+        return math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
+    if name == "pallas_call":
+        return math.prod(size for size in params["grid_mapping"].grid if isinstance(size, int))
+    return 1
 
-    The output head costs 4 x where it is computed in chunks of columns, once more in the backward pass.
-    """
-    size = {"rows": rows, "columns": columns, "scored": scored}
-    forward = scoring(config, **size) + (values(config, **size) if with_values else 0.0)
-    return 3.0 * forward + (rows * scored * of_head(config) if chunked else 0.0)
+
+def _turns(equation: Any) -> int | None:
+    """How often a `while` runs at most; None where its condition compares with no number that is known."""
+    params, condition = equation.params, equation.params["cond_jaxpr"]
+    given = equation.invars
+    constants = given[: params["cond_nconsts"]]
+    start = given[params["cond_nconsts"] + params["body_nconsts"] :]
+    outer = dict(zip(condition.jaxpr.invars, [*constants, *start]))
+    outer |= dict(zip(condition.jaxpr.constvars, condition.consts))
+
+    def number(variable: Any) -> int | None:
+        variable = outer.get(variable, variable) if not isinstance(variable, core.Literal) else variable
+        value = variable.val if isinstance(variable, core.Literal) else variable
+        return int(value) if isinstance(value, int | np.integer | np.ndarray | jax.Array) else None
+
+    found = []
+    for one in condition.jaxpr.eqns:
+        if one.primitive.name == "lt" and one.invars[0].aval.shape == ():
+            first, last = map(number, one.invars)
+            if last is not None:
+                found.append(last - (first or 0))
+    return min(found, default=None)
+

@@ -23,6 +23,15 @@ PROGRAM = """HloModule jit_f, is_scheduled=true, num_partitions=4
   ROOT %slice = f32[64]{0:T(256)} dynamic-slice(%all-reduce.1, %zero), dynamic_slice_sizes={64}
 }
 
+%quiet (q: f32[256]) -> f32[256] {
+  ROOT %q = f32[256]{0} parameter(0)
+}
+
+%loud (l: f32[256]) -> f32[256] {
+  %l = f32[256]{0} parameter(0)
+  ROOT %turned = f32[256]{0} collective-permute(%l), source_target_pairs={{0,1},{1,0}}
+}
+
 %body.1 (carry: (s32[], bf16[512])) -> (s32[], bf16[512]) {
   %carry = (s32[]{:T(128)}, bf16[512]{0:T(512)(2,1)}) parameter(0)
   %whole = bf16[512]{0:T(512)(2,1)S(1)} all-gather(%part), replica_groups=mesh['a'=2,'b'=2] {'a'}, dimensions={0}
@@ -54,6 +63,7 @@ ENTRY %main (p: bf16[512]) -> bf16[512] {
   %started = (bf16[128]{0}, bf16[512]{0}) all-gather-start(%p.2), replica_groups={{0,1,2,3}}, dimensions={0}
   %finished = bf16[512]{0} all-gather-done(%started)
   %shard = f32[64]{0} reduce-scatter(%p.3), replica_groups={}, dimensions={0}, to_apply=%add
+  %one.of = f32[256]{0} conditional(%which, %p.5, %p.6), branch_computations={%quiet, %loud}
   %sent = (bf16[512]{0}, u32[], token[]) send(%p.4, %after), channel_id=9, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
   ROOT %result = bf16[512]{0} get-tuple-element(%loop.1), index=1
 }
@@ -67,11 +77,11 @@ def test_a_program_by_hand():
         "all-gather": 10 * kib / 2 + kib * 3 / 4,  # 2 chips in a loop of 10; 4 chips once
         "reduce-scatter": 10 * kib * 3 / 4 + kib * 3 / 4,  # as an all-reduce that is sliced; as one
         "all-reduce": 10 * 2 * 3 / 4,  # one byte, each time that the loop asks whether to go on
-        "collective-permute": kib,  # in a loop that nothing bounds
+        "collective-permute": kib + kib,  # in a loop that nothing bounds; in one of two branches
         "all-to-all": kib / 2,
         BETWEEN_SLICES: kib,
     }
-    assert found.loops == (10,) and found.unknown_loops == 1
+    assert found.loops == 2 and found.unknown_loops == 1
 
 
 def test_what_a_trip_count_or_a_group_says_is_read():
@@ -111,7 +121,7 @@ def test_a_compiled_loop_gathers_its_weights(mesh):
 
     found = traffic(compiled(layers, mesh, weights, rows))
     assert found.sent == {"all-gather": 7 * 64 * 128 * 4 * 7 / 8, "all-reduce": 2 * 4 * 7 / 8}
-    assert found.loops == (7,) and found.unknown_loops == 0
+    assert found.loops == 1 and found.unknown_loops == 0
 
 
 def test_a_program_of_one_device_sends_nothing():

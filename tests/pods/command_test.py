@@ -109,7 +109,7 @@ def test_programs_are_compiled_for_the_whole_mesh(tmp_path):
     assert rollout["beside_bytes"] == pytest.approx(moments, rel=0.1)  # sampling does not read Adam's moments
     assert update["output_bytes"] < params  # the new state takes the place of the old one
     reduced = 2 * params * 7 / 8
-    assert reduced <= update["sent_bytes"]["all-reduce"] < 1.5 * reduced  # the gradients, and sums for the metrics
+    assert reduced <= update["sent_bytes"]["all-reduce"] < 3 * reduced  # gradients of prompts and of rows; metrics
     assert rollout["predicted_phases"].keys() == {"prefill", "decode"}
     for result in found.values():
         sizes = [result[f"{part}_bytes"] for part in ("arguments", "temporaries", "output", "code", "beside", "spare")]

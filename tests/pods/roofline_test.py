@@ -12,7 +12,7 @@ from mlrl.types import Refused
 
 CHIP = Chip(devices=1, hbm_bytes=100.0, flops=1000.0, hbm_bandwidth=100.0, ici_bandwidth=10.0, dcn_bandwidth=1.0,
             source="made up")  # fmt: skip
-QUIET = Traffic({}, (), 0)
+QUIET = Traffic({}, 0, 0)
 
 
 def test_memory_by_hand():
@@ -29,16 +29,16 @@ def test_the_slower_of_products_and_memory_counts_phase_by_phase():
 
 def test_links_and_network_count_when_they_are_slower():
     phases = {"update": Work(4000.0)}
-    sent = Traffic({"all-gather": 50.0, "all-reduce": 20.0, BETWEEN_SLICES: 1.0}, (), 0)
+    sent = Traffic({"all-gather": 50.0, "all-reduce": 20.0, BETWEEN_SLICES: 1.0}, 0, 0)
     found = predicted(phases, sent, Held(0.0, 0.0), CHIP, chips=2)
     assert (found.links, found.network, found.seconds, found.serial) == (7.0, 1.0, 7.0, 2.0 + 7.0 + 1.0)
-    far = Traffic({BETWEEN_SLICES: 9.0}, (), 0)
+    far = Traffic({BETWEEN_SLICES: 9.0}, 0, 0)
     assert predicted(phases, far, Held(0.0, 0.0), CHIP, chips=2).seconds == 9.0
 
 
 def test_a_network_that_is_not_known_is_not_predicted():
     unknown = CHIP._replace(dcn_bandwidth=0.0)
-    found = predicted({"update": Work(4000.0)}, Traffic({BETWEEN_SLICES: 9.0}, (), 0), Held(0.0, 0.0), unknown, chips=2)
+    found = predicted({"update": Work(4000.0)}, Traffic({BETWEEN_SLICES: 9.0}, 0, 0), Held(0.0, 0.0), unknown, chips=2)
     assert math.isnan(found.network) and found.seconds == 2.0
     assert predicted({"update": Work(4000.0)}, QUIET, Held(0.0, 0.0), unknown, chips=2).network == 0.0
 

@@ -1,4 +1,4 @@
-"""The scripts and the manifest of docs/pods: checked, and run beside a gcloud that only writes down what it is asked."""
+"""The scripts and the manifest of docs/pods: checked, and run beside a gcloud that only writes down what it hears."""
 
 import math
 import os
