@@ -151,7 +151,7 @@ def test_an_export_that_cannot_be_is_one_line(run, capsys, tmp_path):
 
 def test_a_folder_of_another_shape_is_refused_before_anything_runs(run, capsys, tmp_path):
     folder, _ = run
-    other = "online.Experiment.model = @transformer.Config()\n"
+    other = "from mlrl.models import transformer\nonline.Experiment.model = @transformer.Config()\n"
     (tmp_path / "my.gin").write_text((folder / "my.gin").read_text() + other)
     assert main.main(["check", str(tmp_path / "my.gin")]) == 2
     said = capsys.readouterr().err
