@@ -1,15 +1,24 @@
 """mlrl export: a run that began with pretrained weights ends as a folder that can be imported again."""
 
+import functools
 import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mlrl import checkpoints, export, main, tokenizer_files, vocabularies
-from mlrl.models import pretrained
-from mlrl.models.transformer import Config, Transformer, initialize
+from mlrl.models import lora, pretrained
+from mlrl.models.transformer import (
+    Config,
+    Transformer,
+    causal_mask,
+    initialize,
+    row_positions,
+    without_adapters,
+)
 from mlrl.types import Refused
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
@@ -22,19 +31,34 @@ include 'gin/models/pretrained.gin'
 include 'gin/tasks/arithmetic.gin'
 from mlrl import meshes
 from mlrl.loops import online
-from mlrl.models import pretrained
-from mlrl.models import transformer
 from mlrl.rewards import graph
 
 WEIGHTS = {!r}
 STEPS = 1
 DIGITS = 1
-pretrained.config.base = @transformer.Config()
 online.Experiment.reward_fn = @graph.random()
 online.Experiment.prompts_per_step = 8
 online.Experiment.group_size = 2
 online.Experiment.mesh = @meshes.data_mesh
 meshes.data_mesh.devices = 1
+"""
+
+
+# The same over int8, with a large step, so that the adapters do something.
+LORA = """
+include 'gin/models/lora.gin'
+from mlrl import evaluation
+from mlrl import optimizers
+from mlrl.tasks import puzzles
+LORA_RANK = 2
+BASE_DTYPE = 'int8'
+optimizers.adamw.learning_rate = 0.3
+test/puzzles.arithmetic.split = 'test'
+test/puzzles.arithmetic.name = 'held_out'
+evaluation.Evaluation.task = @test/puzzles.arithmetic()
+evaluation.Evaluation.reward_fn = @graph.arithmetic
+evaluation.Evaluation.prompts = 4
+online.Experiment.evaluations = (@evaluation.Evaluation(),)
 """
 
 
@@ -68,10 +92,7 @@ def test_a_run_begins_with_the_weights_of_the_folder_and_is_exported(run, capsys
     assert len(list((folder / "out").glob("model-*.safetensors"))) > 1
     experiment, _ = main.load(str(folder / "my.gin"))
     loop, parts = main._prepared(experiment)
-    abstract = loop.abstract_state(parts)
-    manager = checkpoints.open_manager(folder / "run" / "checkpoints", read_only=True)
-    trained = checkpoints.restore(manager, abstract).params
-    checkpoints.close(manager)
+    _, trained = last_policy(folder / "my.gin", folder / "run")
     again = pretrained.start(path=str(folder / "out"))(Transformer(CONFIG), jax.random.key(0))
     start = loop.initial_state(parts).params
     assert set(trained) - set(again) == {"value"}
@@ -80,6 +101,40 @@ def test_a_run_begins_with_the_weights_of_the_folder_and_is_exported(run, capsys
         jax.tree.map(np.testing.assert_array_equal, start[name], first[name])
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), {name: trained[name] for name in first}, first)
     assert any(jax.tree.leaves(moved))
+
+
+def last_policy(path, folder):
+    """The model of an experiment, and all parameters of its run's last checkpoint."""
+    experiment, _ = main.load(str(path))
+    loop, parts = main._prepared(experiment)
+    manager = checkpoints.open_manager(folder / "checkpoints", read_only=True)
+    state = checkpoints.restore(manager, loop.abstract_state(parts))
+    checkpoints.close(manager)
+    return parts.model, lora.policy(state)
+
+
+def test_adapters_over_int8_are_merged_and_the_folder_says_what_the_policy_says(run, capsys, tmp_path):
+    folder, first = run
+    (tmp_path / "my.gin").write_text((folder / "my.gin").read_text() + LORA)
+    assert main.main(["train", str(tmp_path / "my.gin"), "--run_dir", str(tmp_path / "run")]) == 0
+    assert main.main(["eval", str(tmp_path / "run")]) == 0, capsys.readouterr().err
+    status, said = exported(capsys, tmp_path / "run", tmp_path / "out")
+    assert status == 0 and "adapters of rank 2 are merged into the weights, which are float32" in said, said
+    model, trained = last_policy(tmp_path / "my.gin", tmp_path / "run")
+    plain = Transformer(pretrained.config(tmp_path / "out"))
+    assert (plain.config.lora_rank, plain.config.param_dtype) == (0, "float32")
+    again = pretrained.start(path=str(tmp_path / "out"))(plain, jax.random.key(0))
+    tokens, valid = jnp.arange(12).reshape(2, 6) % 24, jnp.ones((2, 6), bool)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def logits(model, params):
+        hidden, _ = model.apply({"params": params}, tokens, row_positions(valid), causal_mask(valid))
+        return model.apply({"params": params}, hidden, method=Transformer.logits)
+
+    off = logits(without_adapters(model), trained)
+    np.testing.assert_allclose(logits(plain, again), logits(model, trained), atol=2e-5)
+    assert jnp.abs(logits(plain, again) - off).max() > 0.01
+    np.testing.assert_allclose(off, logits(Transformer(CONFIG), first), atol=0.05)
 
 
 def test_an_export_that_cannot_be_is_one_line(run, capsys, tmp_path):
@@ -96,7 +151,7 @@ def test_an_export_that_cannot_be_is_one_line(run, capsys, tmp_path):
 
 def test_a_folder_of_another_shape_is_refused_before_anything_runs(run, capsys, tmp_path):
     folder, _ = run
-    other = "online.Experiment.model = @transformer.Config()\n"
+    other = "from mlrl.models import transformer\nonline.Experiment.model = @transformer.Config()\n"
     (tmp_path / "my.gin").write_text((folder / "my.gin").read_text() + other)
     assert main.main(["check", str(tmp_path / "my.gin")]) == 2
     said = capsys.readouterr().err

@@ -164,6 +164,15 @@ def test_a_method_learns_from_a_step(method, tmp_path):
     assert one_step(*prepared(compose(method, tmp_path)), tmp_path / "run")["grad_norm"] > 0
 
 
+@pytest.mark.parametrize("method", ["grpo", slow("ppo"), slow("ppo_shared"), slow("dpo"), slow("raft"), slow("sft")])
+def test_a_method_trains_adapters(method, tmp_path):
+    path = compose(method, tmp_path)
+    path.write_text(path.read_text() + "include 'gin/models/lora.gin'\nLORA_RANK = 4\nBASE_DTYPE = 'bfloat16'\n")
+    experiment, loop = prepared(path)
+    assert (experiment.model.lora_rank, experiment.model.param_dtype) == (4, "bfloat16")
+    assert one_step(experiment, loop, tmp_path / "run")["grad_norm"] > 0
+
+
 def test_a_method_that_asks_for_too_much_is_refused(tmp_path):
     path = compose("ppo_shared", tmp_path)
     path.write_text(path.read_text() + "transformer.Config.value_head = False\n")

@@ -83,6 +83,7 @@ def _last_and_first(x: Array, summed: int) -> tuple:
     return (tuple(range(x.ndim - summed, x.ndim)), tuple(range(summed))), ((), ())
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def to_int8(kernel: Array, summed: tuple[int, ...]) -> Int8:
     """A kernel in 8 bits: symmetric, one scale for each output.
 
