@@ -93,7 +93,9 @@ def gradients(params: Params, batch: Batch, *, score_fn: ScoreFn, losses: Sequen
         scores = score_fn(params, rows.rollout, *prepared).check()
         value, metrics = total_loss(losses, scores, rows)
         entropy = jnp.sum(rows.token_weights * jnp.where(rows.mask, jax.lax.stop_gradient(scores.entropy), 0.0))
-        return value, metrics | {"loss": value, "entropy": entropy}
+        # A loss may lose a NaN on its way: compiled for a CPU, PPO's clipped ratio did.
+        shown = jnp.where(jnp.isfinite(entropy), value, jnp.nan)
+        return value, metrics | {"loss": shown, "entropy": entropy}
 
     prepared, back_to_params = jax.vjp(prepare, params)
     both = lambda grads: jax.tree.map(jnp.add, grads[0], *back_to_params(grads[1]))  # noqa: E731

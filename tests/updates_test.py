@@ -61,10 +61,8 @@ REDUCTIONS = [
 
 def run(rows, *, losses=LOSSES, optimizer=None, **knobs):
     optimizer = optimizer or adamw(learning_rate=0.01)
-    step = functools.partial(
-        updates.update, score_fn=functools.partial(score, MODEL), losses=losses, optimizer=optimizer,
-        **{"reduction": reductions.token_mean, **knobs},
-    )  # fmt: skip
+    knobs = {"reduction": reductions.token_mean, "score_fn": functools.partial(score, MODEL), **knobs}
+    step = functools.partial(updates.update, losses=losses, optimizer=optimizer, **knobs)
     return jax.jit(step)(state(optimizer), rows, jax.random.key(2))
 
 
@@ -122,6 +120,14 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted():
     masked = rows.replace(advantages=rows.advantages.at[6].set(jnp.nan))  # row 6 is unscored
     after, metrics = run(masked)
     assert int(after.bad_updates) == 0 and np.isfinite(float(metrics["loss"]))
+
+
+def test_a_step_is_skipped_where_the_scores_are_not_finite_whatever_the_loss_made_of_them():
+    hides = lambda scores, batch: (jnp.sum(batch.weights * jnp.nan_to_num(scores.log_probs)), {})  # noqa: E731
+    bad = lambda params, rollout: jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), score(MODEL, params, rollout))  # noqa: E731
+    for score_fn, skipped in ((bad, 1.0), (functools.partial(score, MODEL), 0.0)):
+        _, metrics = run(batch(), losses=(hides,), score_fn=score_fn, micro_batch_rows=4)
+        assert float(metrics["skipped_updates"]) == skipped
 
 
 def test_bad_updates_count_in_a_row_only():
