@@ -109,15 +109,15 @@ def shared_prompts() -> Forward:
 
     Equal to `whole_rows` in value and gradient (to rounding): gradients of a group's rows add up in the prompt's keys
     and values and go through the prompt once. G rows of P + T columns cost P + G * (T - 1) columns of the trunk,
-    not G * (P + T).
+    not G * (P + T). With M minibatches a step's prompts are read M times, once for each.
 
     Rows must begin with the columns of prompt `rollout.group`; the others are not readable.
     """
 
     def prepare(model: Transformer, params: Params, prompts: Prompts) -> tuple[dict[str, Prefix]]:
-        trunks = {"policy": Transformer.__call__} | (
-            {"critic": Transformer.critic_hidden} if model.config.critic_layers else {})  # fmt: skip
-        return ({name: prefill(model, params, prompts, trunk) for name, trunk in trunks.items()},)
+        trunks = (Transformer.__call__, Transformer.critic_hidden) if model.config.critic_layers else (
+            Transformer.__call__,)  # fmt: skip
+        return ({trunk.__name__: prefill(model, params, prompts, trunk) for trunk in trunks},)
 
     def score_(model: Transformer, params: Params, prompts: Prompts, rollout: Rollout, prefixes: dict[str, Prefix],
                **settings: Any) -> Scores:  # fmt: skip
@@ -128,7 +128,7 @@ def shared_prompts() -> Forward:
         mask = causal_mask(rollout.valid[:, :-1], first_column=width)
 
         def states(trunk: Callable) -> Array:
-            prefix = prefixes["critic" if trunk is Transformer.critic_hidden else "policy"]
+            prefix = prefixes[trunk.__name__]
             caches = jax.tree.map(lambda x: x[mine], prefix.caches)
             seen = (tokens, positions, mask, widen_caches(caches, 1, columns), width)
             before = prefix.last[mine][:, None]

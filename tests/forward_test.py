@@ -155,7 +155,9 @@ def test_a_run_whose_rows_do_not_begin_with_their_prompt_stops_and_says_what_to_
     )), "something was learned from rows that could not be read"  # fmt: skip
 
 
-@pytest.mark.parametrize("buckets, words", [((1, 2), "add 3"), ((2, 1, 3), "ascending"), ((0, 3), "at least 1")])
+@pytest.mark.parametrize(
+    "buckets, words", [((1, 2), "add 3"), ((2, 1, 3), "ascending"), ((0, 3), "at least 1"), (3, "a tuple")]
+)
 def test_buckets_that_do_not_cover_are_refused(buckets, words):
     with pytest.raises(Refused, match=words):
         online.prepare(worlds.sums(length_buckets=buckets))
@@ -165,10 +167,9 @@ def test_a_step_is_the_same_however_rows_are_read():
     """The same tokens, and parameters equal to rounding, whichever way the learner reads."""
     after = []
     for changes in ({"forward": scoring.whole_rows()}, {}, {"length_buckets": (1, 2, 3), "micro_batch_rows": 4}):
-        parts = online.prepare(worlds.sums(reward_fn=worlds.sums().reward_fn, evaluations=(), **changes))
+        parts = online.prepare(worlds.sums(evaluations=(), **changes))
         with meshes.use(parts.experiment.mesh()):
             state = online.initial_state(parts)
-            assert isinstance(state, TrainState)
             prompts = online.prompt_source(parts)(state, 0)
             after.append(jax.jit(functools.partial(online.whole_step, parts))(state, prompts))
     for state, _, batch in after[1:]:
@@ -176,14 +177,20 @@ def test_a_step_is_the_same_however_rows_are_read():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), state.params, after[0][0].params)
 
 
-def test_the_optimizer_is_asked_once_for_all_micro_batches():
+def test_minibatches_of_micro_batches_in_buckets_end_where_whole_rows_end():
     model, params, prompts, batch = rows(CONFIG)
-    optimizer, shared = adamw(learning_rate=0.01), FORWARDS["shared"]
+    optimizer = adamw(learning_rate=0.01)
     state = TrainState(jnp.int32(0), jax.random.key(1), params, optimizer.init(params), (), (), (), {}, jnp.int32(0))
-    step = functools.partial(
-        updates.update, losses=LOSSES, optimizer=optimizer, reduction=reductions.token_mean, minibatches=3,
-        micro_batch_rows=2, bucket_columns=(P + 3, P + T), prepare=lambda p: shared.prepare(model, p, prompts),
-        score_fn=lambda params, rollout, *more: shared.score(model, params, prompts, rollout, *more),
-    )  # fmt: skip
-    _, metrics = jax.jit(step)(state, batch, jax.random.key(0))
-    assert np.isfinite(metrics["loss"]) and float(metrics["skipped_updates"]) == 0.0
+
+    def updated(forward, **knobs):
+        step = functools.partial(
+            updates.update, losses=LOSSES, optimizer=optimizer, reduction=reductions.token_mean, minibatches=3,
+            prepare=lambda p: forward.prepare(model, p, prompts),
+            score_fn=lambda p, rollout, *more: forward.score(model, p, prompts, rollout, *more), **knobs,
+        )  # fmt: skip
+        return jax.jit(step)(state, batch, jax.random.key(0))
+
+    (whole, _), (cut, metrics) = (updated(FORWARDS["whole"]),
+                                  updated(FORWARDS["shared"], micro_batch_rows=2, bucket_columns=(P + 3, P + T)))
+    assert float(metrics["grad_norm"]) > 0.01 and float(metrics["skipped_updates"]) == 0.0
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), cut.params, whole.params)

@@ -226,12 +226,14 @@ def sampling_fits(sampling: Sampling, old_log_probs: Callable, reads: set[str] |
         raise Refused("Sampling.temperature is 0.0 (greedy), so all completions of a group are alike: set it above 0")
 
 
-def buckets_cover(length_buckets: Sequence[int], completion_columns: int) -> None:
+def buckets_cover(length_buckets: tuple[int, ...], completion_columns: int) -> None:
     """Buckets are ascending numbers of tokens, and the last holds the longest completion."""
+    if not isinstance(length_buckets, tuple):
+        raise Refused(f"Experiment.length_buckets must be a tuple of numbers of tokens, got {length_buckets!r}")
     for tokens in length_buckets:
         require_whole("Experiment", "length_buckets", tokens, 1)
     if list(length_buckets) != sorted(set(length_buckets)):
-        raise Refused(f"Experiment.length_buckets must be ascending, got {tuple(length_buckets)}")
+        raise Refused(f"Experiment.length_buckets must be ascending, got {length_buckets}")
     if length_buckets and length_buckets[-1] < completion_columns:
         raise Refused(f"the last of Experiment.length_buckets is {length_buckets[-1]}, but completions may have "
                       f"{completion_columns} tokens: add {completion_columns}")  # fmt: skip

@@ -68,18 +68,20 @@ def bound(parts: Parts, states: dict[str, Array]) -> tuple[tuple[LossFn, ...], A
 def score(parts: Parts, prompt_columns: int, model: Transformer, params: Params, rollout: Rollout, *,
           with_logits: bool = False) -> Scores:  # fmt: skip
     """The learner's forward pass, at the sampler's temperature; the prompts' columns are not scored."""
-    return scoring.score(
-        model, params, rollout, temperature=parts.experiment.sampling.temperature, first_column=prompt_columns,
-        chunk_columns=parts.experiment.score_chunk_columns, with_logits=with_logits,
-    )  # fmt: skip
+    return scoring.score(model, params, rollout, first_column=prompt_columns, with_logits=with_logits,
+                         **_settings(parts.experiment))  # fmt: skip
+
+
+def _settings(experiment: Any) -> dict[str, Any]:
+    """What every score of an experiment is made with."""
+    return {"temperature": experiment.sampling.temperature, "chunk_columns": experiment.score_chunk_columns}
 
 
 def forward(parts: Any, prompts: Prompts) -> scoring.Forward:
     """The online loop's forward pass of rows of these prompts: prepare(model, params),
     score(model, params, rollout, *prepared), readable(rollout).
     """
-    experiment = parts.experiment
-    settings = {"temperature": experiment.sampling.temperature, "chunk_columns": experiment.score_chunk_columns}
+    experiment, settings = parts.experiment, _settings(parts.experiment)
     return scoring.Forward(
         lambda model, params: experiment.forward.prepare(model, params, prompts),
         lambda model, params, rollout, *prepared, **more: experiment.forward.score(
@@ -124,8 +126,7 @@ def models(parts: Parts, state: TrainState) -> Models:
     experiment = parts.experiment
 
     def asked(model: Any, params: Any, rollout: Rollout) -> Scores:  # of any rows: a judge's prompts have another width
-        return scoring.score(model, params, rollout, temperature=experiment.sampling.temperature,
-                             chunk_columns=experiment.score_chunk_columns)  # fmt: skip
+        return scoring.score(model, params, rollout, **_settings(experiment))
 
     def reference(rollout: Rollout) -> Scores:
         if state.reference == ():
