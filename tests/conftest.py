@@ -5,7 +5,9 @@ import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# Tests compile hundreds of tiny programs and run each for a moment: unoptimized code compiles nine times faster.
+# Tests compile hundreds of tiny programs and run each for a moment. Unoptimized, an update took 0.8 s to compile in
+# place of 7.2. What is given wins, so that both can be tested:
+# XLA_FLAGS="--xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true" make test
 _FLAGS = {"--xla_force_host_platform_device_count": "8", "--xla_backend_optimization_level": "0",
           "--xla_cpu_use_fusion_emitters": "false"}  # fmt: skip
 _given = os.environ.get("XLA_FLAGS", "")

@@ -126,7 +126,8 @@ def one_step(experiment, loop, folder):
 
 @pytest.mark.parametrize("path", [path if path in LOADED_QUICKLY else slow(path) for path in EXPERIMENTS])
 def test_an_experiment_is_wholly_used(path, tmp_path):
-    prepared(path, overrides_for(path, tmp_path / "weights"))
+    experiment, loop = prepared(path, overrides_for(path, tmp_path / "weights"))
+    assert loop.Experiment is type(experiment)  # a binding that nothing uses was refused before
 
 
 @pytest.mark.parametrize("path", [path if path in RUN_QUICKLY else slow(path) for path in EXPERIMENTS])
@@ -137,7 +138,7 @@ def test_an_experiment_runs_a_tiny_step(path, tmp_path):
         experiment, model=dataclasses.replace(experiment.model, **SMALL), start=random_parameters, evaluations=(),
         micro_batch_rows=0, **TINY[loop.__name__.rpartition(".")[-1]],
     )  # fmt: skip
-    one_step(tiny, loop, tmp_path / "run")
+    assert one_step(tiny, loop, tmp_path / "run")["tokens"] > 0
 
 
 def compose(method, folder):
