@@ -4,7 +4,8 @@
 VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 RUN_DIR ?= runs/quickstart
-PYTEST_FLAGS ?=
+# Two processes, each with whole files. One, to see prints or to debug: make test PYTEST_FLAGS="-n 0"
+PYTEST_FLAGS ?= -n 2 --dist loadfile
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
