@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mlrl import meshes, scoring
 from mlrl import prompts as prompts_lib
-from mlrl import scoring
 from mlrl.evaluation import AnyEvaluation, completions
 from mlrl.evaluation_stored import StoredEvaluation
 from mlrl.models.transformer import Config, Transformer
@@ -83,14 +83,20 @@ def rows_divide(experiment: Any, rows: int, unit_rows: int = 1) -> None:
     require_whole("Experiment", "seed", experiment.seed, 0)
     minibatches = getattr(experiment, "minibatches", 1)
     check_division(rows, minibatches, experiment.micro_batch_rows, unit_rows)
-    devices = experiment.mesh().size
+    shards = meshes.row_shards(experiment.mesh())
     pieces = {"prompts or rows a step": getattr(experiment, "prompts_per_step", rows),
               "rows of a minibatch": rows // minibatches,
               "micro_batch_rows": experiment.micro_batch_rows}  # fmt: skip
     for name, count in pieces.items():
-        if count % devices:
-            raise Refused(f"{count} {name} do not divide over {devices} devices: change the number or "
-                          "data_mesh.devices")  # fmt: skip
+        if count % shards:
+            raise Refused(f"{count} {name} do not divide over {shards} devices: change the number or mesh.devices")
+
+
+def mesh_fits(experiment: Any) -> None:
+    """An axis of the mesh that is there for a part of the model has that part to split."""
+    shards = experiment.mesh().shape["expert"]
+    if shards > 1 and not experiment.model.experts:
+        raise Refused(f"mesh.expert is {shards}, but the model has no experts: set mesh.expert = 1, or Config.experts")
 
 
 def rounds_divide(experiment: Any) -> None:

@@ -103,7 +103,7 @@ class Experiment:
     reference: Reference = own_start()
     reference_tokens: int = 0
     evaluations: tuple[AnyEvaluation, ...] = ()
-    mesh: Callable[[], jax.sharding.Mesh] = meshes.data_mesh
+    mesh: Callable[[], jax.sharding.Mesh] = meshes.mesh
     recording: runs.Recording = runs.Recording()
     seed: int = 0
 
@@ -128,7 +128,7 @@ def train(experiment: Experiment, run: runs.Run) -> TrainState:
     """Runs `experiment` in the folder of `run`, from its last checkpoint if it holds one. Returns the last state."""
     parts = prepare(experiment)
     with meshes.use(experiment.mesh()) as mesh:
-        state = run.restore_or(abstract_state(parts), lambda: initial_state(parts), meshes.replicated(mesh))
+        state = run.restore_or(abstract_state(parts), lambda: initial_state(parts), mesh)
         evaluate = evaluator(experiment.evaluations, parts.model, experiment.rollout_fn, parts.reference_model)
         next_prompts, take_step = prompt_source(parts), step_function(parts, run)
         run.begin(experiment.task, experiment.num_steps, evaluate, state)
@@ -144,6 +144,7 @@ def prepare(experiment: Experiment) -> Parts:
     checks.nouns(experiment)
     model = checks.model_for(experiment.model, experiment.task.vocabulary)
     checks.start_fits(experiment.start, model)
+    checks.mesh_fits(experiment)
     checks.rows_divide(experiment, experiment.prompts_per_step * experiment.group_size)
     reference = experiment.reference.model(model)
     parts = Parts(experiment, model, reference, lift(experiment.reward_fn), frozenset())
@@ -291,7 +292,7 @@ def describe(parts: Parts) -> str:
             parts.model.config, state, rows=rows, columns=columns, scored=columns - width,
             update_rows=experiment.micro_batch_rows or rows // experiment.minibatches,
             vocabulary_size=parts.model.config.vocabulary_size,
-        ) + f"; {experiment.mesh().size} device(s)",
+        ) + f"; {meshes.words(experiment.mesh())}",
         "annotated": ", ".join(["old log-probs", *(name.removeprefix("Batch.") for name in reads)]),
         "compiled": f"{programs}; two samplers for each evaluation",
         "evaluated": describe_.the_evaluations(experiment),
