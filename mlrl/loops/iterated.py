@@ -19,7 +19,7 @@ from mlrl.evaluation import Evaluation, evaluator
 from mlrl.loops import checks, pool, rounds, stages
 from mlrl.loops import describe as describe_
 from mlrl.loops.start import Reference, StartFn, own_start, random_parameters
-from mlrl.loops.states import abstract_state, initial_state
+from mlrl.loops.states import Program, abstract_state, initial_state
 from mlrl.losses.supervised import next_token
 from mlrl.models.transformer import Config, Transformer
 from mlrl.monitoring import reference_metrics, step_metrics, value_metrics
@@ -127,10 +127,10 @@ def train(experiment: Experiment, run: runs.Run) -> TrainState:
 
 def round_function(parts: Parts, run: runs.Run) -> Callable[[TrainState], tuple[TrainState, Metrics, Batch]]:
     """A round: collect rows, choose among them, train on the chosen ones. Its programs have fixed shapes."""
-    experiment, collect = parts.experiment, pool.collector(parts, run)
+    experiment, collect = parts.experiment, pool.collector(parts, run, jitted(parts))
     begin_ = jax.jit(functools.partial(begun, parts))
     begin = lambda state: begin_(state.replace(frozen=())).replace(frozen=state.frozen)  # noqa: E731  without a copy
-    choose_, learn_ = (jax.jit(functools.partial(function, parts)) for function in (choose, learn))
+    choose_, learn_ = jax.jit(functools.partial(choose, parts)), jitted(parts)["update"]
     advance = jax.jit(experiment.curriculum.update)
 
     def play(state: TrainState) -> tuple[TrainState, Metrics, Batch]:
@@ -148,6 +148,22 @@ def round_function(parts: Parts, run: runs.Run) -> Callable[[TrainState], tuple[
         return state.replace(step=state.step + 1, curriculum=curriculum, reward=reward_state), metrics, rows
 
     return play
+
+
+def jitted(parts: Parts) -> dict[str, Callable]:
+    """The large ones of the programs that a round compiles: chunks of rows are sampled and annotated, and updates."""
+    functions = {"rollout": pool.sample_chunk, "annotate": pool.annotate_chunk, "update": learn}
+    return {name: jax.jit(functools.partial(function, parts)) for name, function in functions.items()}
+
+
+def programs(parts: Parts) -> dict[str, Program]:
+    """The large programs of a round, and what it calls them with."""
+    prompts, rollout, rewards = stages.abstract_rows(parts)
+    state, compiled = abstract_state(parts), jitted(parts)
+    rows = jax.eval_shape(compiled["annotate"], state, prompts, rollout, rewards)
+    given = {"rollout": (state, prompts, 0), "annotate": (state, prompts, rollout, rewards),
+             "update": (state, pool.abstract(rows, parts.experiment.rows_per_step))}  # fmt: skip
+    return {name: Program(function, given[name]) for name, function in compiled.items()}
 
 
 def begun(parts: Parts, state: TrainState) -> TrainState:

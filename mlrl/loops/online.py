@@ -19,7 +19,7 @@ from mlrl.evaluation import AnyEvaluation, evaluator
 from mlrl.loops import checks, refill, stages
 from mlrl.loops import describe as describe_
 from mlrl.loops.start import Reference, StartFn, own_start, random_parameters
-from mlrl.loops.states import abstract_state, initial_state
+from mlrl.loops.states import Program, abstract_state, initial_state
 from mlrl.models.transformer import Config, Transformer
 from mlrl.monitoring import reference_metrics, step_metrics, value_metrics
 from mlrl.rewards.lifting import lift
@@ -187,16 +187,15 @@ def prompt_source(parts: Parts) -> Callable[..., Prompts]:
 
 def step_function(parts: Parts, run: runs.Run) -> Callable[[TrainState, Prompts], tuple[TrainState, Metrics, Batch]]:
     """The step: one jit when the reward is in the graph, else two with the host's rewards between them."""
-    sample, next_prompts = jax.jit(functools.partial(sample_rows, parts)), prompt_source(parts)
+    compiled, next_prompts = jitted(parts), prompt_source(parts)
+    sample = compiled["rollout"]
     if parts.reward.in_graph:
-        whole = jax.jit(functools.partial(whole_step, parts), donate_argnums=0)
 
         def one_program(state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics, Batch]:
             run.rehearse("rollout", lambda: sample(state, prompts))  # inside one program, phases cannot be timed
-            return whole(state, prompts)
+            return compiled["step"](state, prompts)
 
         return one_program
-    learn_ = jax.jit(functools.partial(learn, parts))
 
     def step(state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics, Batch]:
         def attempt(number: int, reward_state: Any) -> tuple[Prompts, Rollout, Rewards, Any]:
@@ -210,10 +209,26 @@ def step_function(parts: Parts, run: runs.Run) -> Callable[[TrainState, Prompts]
 
         rows, reward_state, counts = refill.on_host(parts, attempt, state.reward)
         with run.phase("update"):
-            state, metrics, batch = learn_(state.replace(reward=reward_state), *rows)
+            state, metrics, batch = compiled["update"](state.replace(reward=reward_state), *rows)
             return jax.block_until_ready((state, metrics | counts, batch))
 
     return step
+
+
+def jitted(parts: Parts) -> dict[str, Callable]:
+    """What the loop compiles: the rollout, and the whole step or, with a reward on the host, the update."""
+    sample = jax.jit(functools.partial(sample_rows, parts))
+    if parts.reward.in_graph:
+        return {"rollout": sample, "step": jax.jit(functools.partial(whole_step, parts), donate_argnums=0)}
+    return {"rollout": sample, "update": jax.jit(functools.partial(learn, parts), donate_argnums=0)}
+
+
+def programs(parts: Parts) -> dict[str, Program]:
+    """What the loop compiles, and what it calls it with."""
+    prompts, rollout, rewards = stages.abstract_rows(parts)
+    state = abstract_state(parts)
+    given = {"rollout": (state, prompts), "step": (state, prompts), "update": (state, prompts, rollout, rewards)}
+    return {name: Program(function, given[name]) for name, function in jitted(parts).items()}
 
 
 def whole_step(parts: Parts, state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics, Batch]:

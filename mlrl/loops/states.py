@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,17 @@ class Parts(Protocol):
 
     def stateful(self) -> Mapping[str, Any]:
         """First states of whatever else remembers: fields of TrainState by name, such as "curriculum"."""
+
+
+class Program(NamedTuple):
+    """A function that a loop compiles, and what it calls it with: for whoever compiles it without running the loop.
+
+    function    jitted
+    arguments   arrays, or only their shapes and dtypes
+    """
+
+    function: Callable
+    arguments: tuple[Any, ...]
 
 
 def reads_reference(parts: Parts) -> bool:
