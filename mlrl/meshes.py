@@ -141,6 +141,11 @@ def parameter_shardings(params: Params, mesh: Mesh) -> Params:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), _parameter_specs(params, mesh))
 
 
+def row_shardings(rows: Any, mesh: Mesh) -> Any:
+    """Where the rows of every leaf live, as NamedShardings: its leading axis is split, as far as it divides."""
+    return jax.tree.map(lambda x: NamedSharding(mesh, spec_of(("rows",), x.shape, mesh)), rows)
+
+
 def placed(params: Params) -> Params:
     """A copy of parameters, of the host's or a device's, on the current mesh, where each device gets only its part."""
     mesh = jax.sharding.get_mesh()
@@ -166,7 +171,7 @@ def mover(here: Any, there: Any) -> Callable[[Any], Any]:
             tree = jax.tree.map(lambda x, s: jax.lax.with_sharding_constraint(x, _finest(s, x.shape)), tree, shardings)
         return tree
 
-    return jax.jit(move, in_shardings=(here,), out_shardings=there)
+    return jax.jit(move, out_shardings=there)
 
 
 def _finest(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:

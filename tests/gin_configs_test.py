@@ -11,6 +11,7 @@ import jax
 import pytest
 
 from mlrl import main, meshes, runs, selection
+from mlrl.loops import online
 from mlrl.loops.start import random_parameters
 from mlrl.models import pretrained
 from mlrl.models.transformer import Config, Transformer, initialize
@@ -178,7 +179,7 @@ def test_a_method_trains_adapters(method, tmp_path):
 
 
 def test_the_files_of_meshes_are_those_that_are_tested():
-    assert {path.stem for path in REPO.glob("gin/meshes/*.gin")} == set(MESHES)
+    assert {path.stem for path in REPO.glob("gin/meshes/*.gin")} == {*MESHES, "rollout_tensor"}
 
 
 @pytest.mark.parametrize("name", MESHES)
@@ -189,6 +190,14 @@ def test_a_mesh_is_chosen_by_an_include(name, tmp_path):
     main._prepared(experiment)  # the bindings are used
     sizes = {axis: size for axis, size in experiment.mesh().shape.items() if size > 1}
     assert sizes == MESHES[name]
+
+
+def test_rollouts_may_be_on_another_mesh_than_the_update(tmp_path):
+    path = compose("grpo", tmp_path)
+    path.write_text(path.read_text() + "include 'gin/meshes/fsdp.gin'\ninclude 'gin/meshes/rollout_tensor.gin'\n")
+    experiment, _ = main.load(str(path))
+    _, parts = main._prepared(experiment)
+    assert "8 device(s): fsdp 8, and for rollouts 8 device(s): data 4 x tensor 2" in online.describe(parts)
 
 
 def test_a_method_that_asks_for_too_much_is_refused(tmp_path):

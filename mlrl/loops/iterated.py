@@ -90,6 +90,7 @@ class Experiment:
     reference_tokens: int = 0
     evaluations: tuple[Evaluation, ...] = ()
     mesh: Callable[[], jax.sharding.Mesh] = meshes.mesh
+    rollout_mesh: Callable[[jax.sharding.Mesh], jax.sharding.Mesh] = meshes.same
     recording: runs.Recording = runs.Recording(save_every_steps=1, samples_every_steps=1)
     seed: int = 0
 
@@ -263,7 +264,7 @@ def describe(parts: Parts) -> str:
         "memory": describe_.the_memory(
             parts.model.config, state, rows=experiment.prompts_per_step * g, columns=columns, scored=columns - width,
             update_rows=experiment.micro_batch_rows or each, vocabulary_size=parts.model.config.vocabulary_size,
-        ) + f"; {meshes.words(experiment.mesh())}",
+        ) + f"; {describe_.the_meshes(experiment)}",
         "compiled": "the rollout, the annotation, the selection and the update; two samplers for each evaluation",
         "evaluated": describe_.the_evaluations(experiment).replace("steps", "rounds"),
         "rewards": describe_.tried(parts.reward, task),

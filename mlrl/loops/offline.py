@@ -264,7 +264,7 @@ def describe(parts: Parts) -> str:
             parts.model.config, state, rows=0, columns=columns, scored=columns,
             update_rows=experiment.micro_batch_rows or rows // experiment.minibatches,
             vocabulary_size=parts.model.config.vocabulary_size,
-        ) + f"; {meshes.words(experiment.mesh())}",
+        ) + f"; {describe_.the_meshes(experiment)}",
         "compiled": "the update; two samplers for each evaluation",
         "evaluated": describe_.the_evaluations(experiment),
     })  # fmt: skip

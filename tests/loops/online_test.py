@@ -128,6 +128,9 @@ def test_what_cannot_work_together_is_refused_before_compiling():
         ({"model": Config(vocabulary_size=5)}, "vocabulary_size is 5"),
         ({"mesh": functools.partial(meshes.mesh, devices=3)}, "do not divide over 3 devices"),
         ({"mesh": functools.partial(meshes.mesh, devices=99)}, "only 8 devices"),
+        ({"mesh": functools.partial(meshes.mesh, data=1, expert=8)}, "mesh.expert is 8, but the model has no experts"),
+        ({"mesh": functools.partial(meshes.mesh, data=1, tensor=8), "prompts_per_step": 6, "minibatches": 1,
+          "rollout_mesh": meshes.rearranged}, "6 prompts or rows a step do not divide over 8 devices"),
     ]
     for changes, words in cases:
         with pytest.raises(Refused, match=words):

@@ -13,8 +13,9 @@ import sys
 HERE = pathlib.Path(__file__).resolve().parent
 
 os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "1", "JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_PLATFORMS": "cpu"}
-# Devices of the CPU wait for each other in every collective, each in a thread; on a busy machine that takes time.
-os.environ["XLA_FLAGS"] = ("--xla_force_host_platform_device_count=8 "
+# Devices of the CPU wait for each other in every collective, each in a thread: on a busy machine that takes time.
+os.environ["XLA_FLAGS"] = ("--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+                           "--xla_cpu_use_fusion_emitters=false "
                            "--xla_cpu_collective_call_terminate_timeout_seconds=240")  # fmt: skip
 sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 
@@ -22,7 +23,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import worlds  # noqa: E402
 
-from mlrl import meshes  # noqa: E402
+from mlrl import meshes, runs  # noqa: E402
 from mlrl.loops import online  # noqa: E402
 from mlrl.losses import policy, regularizers  # noqa: E402
 
@@ -35,18 +36,21 @@ MESHES = {
     "experts": dict(data=2, fsdp=2, expert=2),
     "sequence": dict(data=2, fsdp=2, sequence=2),
 }
-SIZES = ONE | MESHES
-# Rows of 5 + 3 columns, a vocabulary that 2 and 4 divide; the 2 key/value heads do not divide over tensor = 4.
+SIZES = ONE | MESHES | {"rollouts_elsewhere": dict(data=2, fsdp=4)}
+ROLLOUTS = {"rollouts_elsewhere": functools.partial(meshes.rearranged, data=4, tensor=2)}
+# A vocabulary that 2 and 4 divide; the 2 key/value heads do not divide over tensor = 4.
 MODEL = dataclasses.replace(worlds.TINY, heads=4, kv_heads=2, vocabulary_size=24)
 STEPS = 2
 
 
 def experiment(name):
     """PPO's loss and a KL to the reference, in micro-batches of half the rows."""
-    model = dataclasses.replace(MODEL, experts=2, experts_per_token=1) if "experts" in name else MODEL
+    model = dataclasses.replace(MODEL, experts=4, experts_per_token=2) if "experts" in name else MODEL
     kl = functools.partial(regularizers.kl_penalty, kl_coef=0.1)
-    return worlds.sums(mesh=functools.partial(meshes.mesh, **SIZES[name]), model=model, evaluations=(), minibatches=1,
-                       micro_batch_rows=16, losses=(policy.ppo_clip, kl))  # fmt: skip
+    return worlds.sums(
+        mesh=functools.partial(meshes.mesh, **SIZES[name]), rollout_mesh=ROLLOUTS.get(name, meshes.same), model=model,
+        evaluations=(), minibatches=1, micro_batch_rows=16, losses=(policy.ppo_clip, kl),
+    )  # fmt: skip
 
 
 def held_bytes(tree):
@@ -55,19 +59,20 @@ def held_bytes(tree):
     return sum(x.addressable_shards[0].data.nbytes for x in leaves), sum(x.nbytes for x in leaves)
 
 
-def steps(name):
+def steps(name, folder):
     """A few steps on the mesh of this name: what was sampled in each, and the last state, on the host."""
     parts = online.prepare(experiment(name))
     with meshes.use(parts.experiment.mesh()) as mesh:
         state, sampled = online.initial_state(parts), []
         wanted = meshes.state_shardings(online.abstract_state(parts), mesh)
-        step = jax.jit(functools.partial(online.whole_step, parts), donate_argnums=0)
+        whole = jax.jit(functools.partial(online.whole_step, parts), donate_argnums=0)
+        step = online.step_function(parts, runs.Run(folder, parts.experiment.recording)) if name in ROLLOUTS else whole
         draw = online.prompt_source(parts)
         for number in range(STEPS):
             assert jax.tree.map(lambda x: x.sharding, state) == wanted, f"{name}: step {number} moved the state"
             state, metrics, batch = step(state, draw(state, number))
             sampled.append(jax.device_get((batch.rollout.tokens, batch.rollout.behavior_log_probs, metrics)))
-        assert step._cache_size() == 1, f"{name}: the second step was compiled again"
+        assert name in ROLLOUTS or whole._cache_size() == 1, f"{name}: the second step was compiled again"
         held = {part: held_bytes(getattr(state, part)) for part in ("params", "opt_state", "reference")}
         return sampled, jax.device_get((state.params, state.opt_state)), held
 
@@ -84,4 +89,4 @@ if __name__ == "__main__":
     with meshes.use(meshes.mesh(**SIZES["all_three"])):
         jax.jit(badly_split).lower(jnp.zeros((24, 16)), jnp.zeros((8, 5), jnp.int32)).compile()
     print("compiling what must not", file=sys.stderr, flush=True)
-    out.write_bytes(pickle.dumps({name: steps(name) for name in sys.argv[2:]}))
+    out.write_bytes(pickle.dumps({name: steps(name, out.parent / name) for name in sys.argv[2:]}))

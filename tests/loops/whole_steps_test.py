@@ -12,9 +12,10 @@ import pytest
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from steps_on_meshes import MESHES, SIZES  # noqa: E402
+from steps_on_meshes import MESHES, ROLLOUTS, SIZES  # noqa: E402
 
-QUICK = ("all_three",)  # splits rows, widths and heads; make test-all runs the others
+QUICK = ("all_three",)  # make test-all runs the others
+OTHERS = [name for name in (*MESHES, *ROLLOUTS) if name not in QUICK]
 
 
 def run(folder, *names):
@@ -33,8 +34,7 @@ def quick(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory):
-    names = ["one", "one_experts", *(name for name in MESHES if name not in QUICK)]
-    return run(tmp_path_factory.mktemp("others"), *names)
+    return run(tmp_path_factory.mktemp("others"), "one", "one_experts", *OTHERS)
 
 
 def check(found, said, name):
@@ -61,6 +61,6 @@ def test_a_step_on_a_mesh_is_that_of_one_device(quick, name):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", [name for name in MESHES if name not in QUICK])
+@pytest.mark.parametrize("name", OTHERS)
 def test_a_step_on_any_mesh_is_that_of_one_device(others, name):
     check(*others, name)
