@@ -41,7 +41,7 @@ def export_run(folder: str | os.PathLike, experiment: Any, loop: Any, out: str |
     runs.require_checkpoint(folder)
     parts, vocabulary = loop.prepare(experiment), experiment.task.vocabulary
     with meshes.use(experiment.mesh()) as mesh:
-        state = runs.last_state(folder, loop.abstract_state(parts), meshes.replicated(mesh))
+        state = runs.last_state(folder, loop.abstract_state(parts), mesh)
     config = parts.model.config
     params, merged = lora.merge(lora.policy(state), config)
     files = pretrained.write(out, params, merged, more=_more(experiment, vocabulary), shard_bytes=shard_bytes)

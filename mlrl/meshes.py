@@ -1,68 +1,248 @@
-"""Device meshes and where things live on them."""
+"""Device meshes, and which part of parameters, training states and rows each device holds; the table is mlrl.axes."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import contextvars
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mlrl.types import Refused
+from mlrl.axes import AXES, RULES, axes_of, names_of, not_divided, spec_of
+from mlrl.types import Array, Params, Refused, TrainState, require_whole
+
+_log = logging.getLogger("mlrl")
+
+_DEVICES: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("devices", default=())
 
 
-def data_mesh(*, devices: int = 0) -> Mesh:
-    """A mesh with one axis, "data": rows are split over it, parameters are copied to every device.
+@contextlib.contextmanager
+def on(devices: Sequence[Any]) -> Iterator[None]:
+    """Makes `mesh` take these devices instead of the machine's own: those of a TPU topology that is not here, say."""
+    token = _DEVICES.set(tuple(devices))
+    try:
+        yield
+    finally:
+        _DEVICES.reset(token)
+
+
+def mesh(*, data: int = 0, fsdp: int = 1, tensor: int = 1, sequence: int = 1, expert: int = 1,
+         devices: int = 0) -> Mesh:  # fmt: skip
+    """A mesh of devices with the five AXES, most of them usually of size 1. See RULES for what they split.
+
+    One of the sizes may be 0: it is what the others leave. `mesh()` splits rows over all devices and copies the
+    parameters to each. Neighbours along the last axes are nearest to each other in the machine. Devices of several
+    slices, which a slower network joins, lie along `data`.
 
     Args:
-      devices: how many devices to use; 0 uses all of them.
+      data: splits rows.
+      fsdp: splits rows, and parameters with what the optimizer keeps of them, along the model's width; a layer's are
+        gathered where they are used (ZeRO-3).
+      tensor: splits key/value heads, the width of MLPs, and the vocabulary.
+      sequence: splits the columns of rows, in scoring and in the update.
+      expert: splits the experts of a layer.
+      devices: how many devices to use, the first ones; 0: all of them.
+    Raises: Refused, if the sizes do not multiply to the number of devices.
+    Reference: Rajbhandari et al. 2020, ZeRO; Shoeybi et al. 2019, Megatron-LM; Xu et al. 2021, GSPMD.
     """
-    available = jax.devices()
+    available = _DEVICES.get() or tuple(jax.devices())
+    require_whole("mesh", "devices", devices, 0)
     if devices > len(available):
-        raise Refused(f"data_mesh.devices is {devices}, but only {len(available)} devices are present")
+        raise Refused(f"mesh.devices is {devices}, but only {len(available)} devices are present")
+    sizes = dict(zip(AXES, (data, fsdp, tensor, sequence, expert)))
     chosen = available[: devices or len(available)]
-    return Mesh(np.asarray(chosen), ("data",))
+    return _arranged(chosen, _shape(len(chosen), sizes))
+
+
+def same(mesh: Mesh) -> Mesh:
+    """The mesh itself: the identity, as `Experiment.rollout_mesh`."""
+    return mesh
+
+
+def rearranged(mesh: Mesh, *, data: int = 0, fsdp: int = 1, tensor: int = 1, sequence: int = 1,
+               expert: int = 1) -> Mesh:  # fmt: skip
+    """The same devices, in the same order, in a mesh of other sizes. See `mesh`."""
+    shape = _shape(mesh.size, dict(zip(AXES, (data, fsdp, tensor, sequence, expert))))
+    return Mesh(mesh.devices.reshape(shape), AXES)
+
+
+def _shape(devices: int, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Sizes that multiply to the number of devices."""
+    for name, size in sizes.items():
+        require_whole("mesh", name, size, 0)
+    rest = [name for name, size in sizes.items() if size == 0]
+    if len(rest) > 1:
+        raise Refused(f"mesh.{rest[0]} and mesh.{rest[1]} are both 0, but only one axis can be what the others leave: "
+                      f"set mesh.{rest[0]} = 1")  # fmt: skip
+    given = math.prod(size for size in sizes.values() if size)
+    if devices % given or (not rest and given != devices):
+        product = " x ".join(f"{name} {size}" for name, size in sizes.items() if size != 1)
+        raise Refused(f"mesh: {product or 'data 1'} does not multiply to {devices} devices: change a size, or set "
+                      "one axis to 0, or mesh.devices")  # fmt: skip
+    return tuple(size or devices // given for size in sizes.values())
+
+
+def _arranged(devices: Sequence[Any], shape: tuple[int, ...]) -> Mesh:
+    """Devices in a mesh, neighbours near each other."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+    if shape[0] % slices:
+        raise Refused(f"mesh.data is {shape[0]}, but the devices lie in {slices} slices: make it a multiple")
+    inside = (shape[0] // slices, *shape[1:])
+    across = (slices, *(1 for _ in AXES[1:]))
+    return Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices), AXES)
 
 
 @contextlib.contextmanager
 def use(mesh: Mesh) -> Iterator[Mesh]:
-    """Makes `mesh` the one that `split_rows` refers to, and gives it."""
+    """Makes `mesh` the one that `split` and its like refer to, and gives it."""
     with jax.set_mesh(mesh):
         yield mesh
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    """A whole copy on every device."""
-    return NamedSharding(mesh, PartitionSpec())
+def words(mesh: Mesh) -> str:
+    """How many devices, and how they are arranged."""
+    sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    return f"{mesh.size} device(s)" + (f": {sizes}" if sizes else "")
 
 
-def rows(mesh: Mesh) -> NamedSharding:
-    """The leading axis split over the data axis."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+def row_shards(mesh: Any) -> int:
+    """Into how many parts rows are split."""
+    return math.prod(dict(mesh.shape).get(axis, 1) for axis in RULES["rows"])
+
+
+def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+    """Where every leaf of a training state lives, as NamedShardings in its structure.
+
+    Parameters, the policy's and the reference's, are split by the table; what the optimizer keeps of a parameter (of
+    the same path and shape, as Adam's moments are) as the parameter; anything else is whole on every device.
+
+    Where a size does not divide over the mesh's axis, the parameter is copied along that axis; one warning for each
+    such logical axis says so.
+
+    Args:
+      state: arrays or jax.ShapeDtypeStructs.
+    """
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), _specs(state, mesh))
+    for line in set.union(*(not_divided(tree, mesh) for tree in (state.params, state.reference, state.frozen))):
+        _log.warning("%s", line)
+    return shardings
+
+
+def parameter_shardings(params: Params, mesh: Mesh) -> Params:
+    """Where every parameter lives. See `state_shardings`."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), _parameter_specs(params, mesh))
+
+
+def row_shardings(rows: Any, mesh: Mesh) -> Any:
+    """Where the rows of every leaf live, as NamedShardings: its leading axis is split, as far as it divides."""
+    return jax.tree.map(lambda x: NamedSharding(mesh, spec_of(("rows",), x.shape, mesh)), rows)
+
+
+def placed(params: Params) -> Params:
+    """A copy of parameters, of the host's or a device's, on the current mesh, where each device gets only its part."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return jax.tree.map(jnp.array, params)
+    return jax.device_put(params, parameter_shardings(params, mesh), may_alias=False)
+
+
+def mover(here: Any, there: Any) -> Callable[[Any], Any]:
+    """A program that moves arrays from one mesh to another of the same devices, in the same order.
+
+    No device ever holds more of an array than the larger of its parts here and there, but for copies of a part. Left to
+    itself, a compiler makes whole on every device what it does not know how to exchange, and `jax.device_put` goes by
+    way of the host. Between two splits into as many parts as there are devices it finds an exchange; so arrays are
+    first cut down to such a split where they are, then exchanged, then gathered to what is wanted.
+
+    Args:
+      here, there: NamedShardings in the structure of what is moved.
+    """
+
+    def move(tree: Any) -> Any:
+        for shardings in (here, there):
+            tree = jax.tree.map(lambda x, s: jax.lax.with_sharding_constraint(x, _finest(s, x.shape)), tree, shardings)
+        return tree
+
+    return jax.jit(move, out_shardings=there)
+
+
+def _finest(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
+    """An array's split, cut further along every axis of the mesh along which it is copied, as far as sizes divide."""
+    mesh, spec = sharding.mesh, sharding.spec
+    parts = [() if part is None else (part,) if isinstance(part, str) else tuple(part) for part in spec]
+    parts += [()] * (len(shape) - len(parts))
+    for name in (name for name, size in mesh.shape.items() if size > 1 and name not in sum(parts, ())):
+        for i, size in enumerate(shape):
+            if size % math.prod(mesh.shape[axis] for axis in (*parts[i], name)) == 0:
+                parts[i] += (name,)
+                break
+    return NamedSharding(mesh, PartitionSpec(*parts))
+
+
+def split(x: Array, *axes: str) -> Array:
+    """Asks, inside jit, that an array be split over the current mesh by its logical axes, as far as they divide.
+
+    The identity on one device and outside of a mesh. Axes that are left out, or are "", are not split.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec_of(axes, x.shape, mesh))
 
 
 def split_rows(tree: Any) -> Any:
-    """Asks, inside jit, that the leading axis of every leaf be split over the current mesh's data axis.
-
-    The identity on one device and outside of a mesh. Raises Refused if the rows do not divide.
-    """
+    """Asks the same of the leading axis of every leaf, which are rows. Raises Refused if the rows do not divide."""
     mesh = jax.sharding.get_abstract_mesh()
-    shards = dict(mesh.shape).get("data", 1) if not mesh.empty else 1
-    if shards == 1:
-        return tree
+    shards = 1 if mesh.empty else row_shards(mesh)
 
-    def constrain(x: jax.Array) -> jax.Array:
+    def divided(x: Array) -> Array:
         if x.shape[0] % shards:
             raise Refused(f"{x.shape[0]} rows do not divide over {shards} devices: change prompts_per_step, "
-                          "group_size or data_mesh.devices")  # fmt: skip
-        return jax.lax.with_sharding_constraint(x, PartitionSpec("data"))
+                          "group_size or mesh.devices")  # fmt: skip
+        return split(x, "rows")
 
-    return jax.tree.map(constrain, tree)
+    return jax.tree.map(divided, tree)
 
 
-def place(tree: Any, sharding: NamedSharding) -> Any:
-    """Puts host or device arrays on the mesh; every leaf gets a mesh sharding, Adam's counter too."""
-    return jax.tree.map(lambda x: jax.device_put(jnp.asarray(x), sharding), tree)
+def split_state(state: TrainState) -> TrainState:
+    """Asks the same of a training state, or of any part of one, by the table. See `state_shardings`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return state
+    return jax.tree.map(jax.lax.with_sharding_constraint, state, _specs(state, mesh))
+
+
+def split_parameters(params: Params) -> Params:
+    """Asks the same of parameters, or of their gradients."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return params
+    return jax.tree.map(jax.lax.with_sharding_constraint, params, _parameter_specs(params, mesh))
+
+
+def _specs(state: TrainState, mesh: Any) -> TrainState:
+    held = (state.params, state.reference, state.frozen)
+    params, reference, frozen = (_parameter_specs(tree, mesh) for tree in held)
+    by_path = {names_of(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(params)}
+    shapes = {names_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
+
+    def kept(path: tuple, leaf: Any) -> PartitionSpec:
+        names = names_of(path)
+        ends = (names[i:] for i in range(len(names)))
+        return next((by_path[end] for end in ends if shapes.get(end) == leaf.shape), PartitionSpec())
+
+    specs = jax.tree.map(lambda _: PartitionSpec(), state)
+    opt_state = jax.tree_util.tree_map_with_path(kept, state.opt_state)
+    return specs.replace(params=params, reference=reference, frozen=frozen, opt_state=opt_state)
+
+
+def _parameter_specs(params: Params, mesh: Any) -> Params:
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: spec_of(axes_of(path), leaf.shape, mesh), params)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from mlrl import checkpoints, folders, meshes, monitoring, writers
 from mlrl.evaluation import Evaluator, Results, evaluator
@@ -86,12 +87,12 @@ class Run:
             if kind is not None and leaves and not any(x.is_deleted() for x in leaves if hasattr(x, "is_deleted")):
                 self.save(self._state)  # what stopped the run must not cost the steps since the last save
 
-    def restore_or(self, abstract: TrainState, make: Callable[[], TrainState], sharding: Any) -> TrainState:
-        """The last complete checkpoint, every leaf placed by `sharding`; without one, a fresh state."""
+    def restore_or(self, abstract: TrainState, make: Callable[[], TrainState], mesh: Mesh) -> TrainState:
+        """The last complete checkpoint, each leaf read to where it lives on the mesh; without one, a fresh state."""
+        shardings = meshes.state_shardings(abstract, mesh)
         if checkpoints.latest_step(self.folder / "checkpoints") is None:
-            return jax.device_put(make(), sharding, may_alias=False)  # the step donates it
-        placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
-        return checkpoints.restore(self._checkpoints, placed).check()
+            return jax.device_put(make(), shardings)
+        return checkpoints.restore(self._checkpoints, _placed(abstract, shardings)).check()
 
     def begin(self, task: Task, num_steps: int, evaluate: Evaluator, state: TrainState) -> Results:
         """Opens the logs at the state's step; before the first step, evaluates and saves.
@@ -257,11 +258,14 @@ def require_checkpoint(folder: pathlib.Path) -> None:
         raise Refused(f"{folder} has no complete checkpoint: train it first, or name another run folder")
 
 
-def last_state(folder: pathlib.Path, abstract: TrainState, sharding: Any) -> TrainState:
-    """The state in the last complete checkpoint of a run, every leaf placed by `sharding`; writes nothing."""
-    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
+def _placed(abstract: TrainState, shardings: TrainState) -> TrainState:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+
+
+def last_state(folder: pathlib.Path, abstract: TrainState, mesh: Mesh) -> TrainState:
+    """The state in the last complete checkpoint of a run, each leaf read to where it lives; writes nothing."""
     manager = checkpoints.open_manager(folder / "checkpoints", read_only=True)
-    state = checkpoints.restore(manager, placed)
+    state = checkpoints.restore(manager, _placed(abstract, meshes.state_shardings(abstract, mesh)))
     checkpoints.close(manager)
     return state
 
@@ -291,7 +295,7 @@ def evaluate_run(folder: str | pathlib.Path, experiment: Any, loop: Any, *, task
         raise Refused(f"{folder}/config.gin has no evaluation of the task {task!r}: it has {known}")
     parts = loop.prepare(experiment)
     with meshes.use(experiment.mesh()) as mesh:
-        state = last_state(folder, loop.abstract_state(parts), meshes.replicated(mesh))
+        state = last_state(folder, loop.abstract_state(parts), mesh)
         step = int(state.step)
         evaluate = evaluator(evaluations, parts.model, experiment.rollout_fn, parts.reference_model)
         results = evaluate(lora.policy(state), step, step, lora.reference(state))

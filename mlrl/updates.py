@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.interpreters import partial_eval
 
-from mlrl import reductions
-from mlrl.meshes import split_rows
+from mlrl import meshes, reductions
 from mlrl.models.lora import join
 from mlrl.optimizers import current_learning_rate
 from mlrl.types import (
@@ -111,7 +110,7 @@ def gradients(params: Params, batch: Batch, *, score_fn: ScoreFn, losses: Sequen
     pieces = _split(batch, rows // micro_batch_rows)
     shape = jax.eval_shape(grad_fn, jax.tree.map(lambda x: x[0], pieces))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
-    add = lambda total, piece: (jax.tree.map(jnp.add, total, grad_fn(split_rows(piece))), None)  # noqa: E731
+    add = lambda total, piece: (jax.tree.map(jnp.add, total, grad_fn(meshes.split_rows(piece))), None)  # noqa: E731
     grads, metrics = jax.lax.scan(add, zeros, pieces)[0]
     return both(grads), metrics
 
@@ -181,7 +180,7 @@ def update(
     prepare_whole = lambda params: prepare(join(frozen, params))  # noqa: E731
 
     def optimizer_step(state: TrainState, rows: Batch) -> tuple[TrainState, Metrics]:
-        rows = split_rows(rows)
+        rows = meshes.split_rows(rows)
         rows = rows.replace(weights=reduction(rows.mask), token_weights=reductions.token_mean(rows.mask))
         grads, metrics = gradients(state.params, rows, score_fn=score_whole, losses=losses, prepare=prepare_whole,
                                    micro_batch_rows=micro_batch_rows, bucket_columns=bucket_columns,
@@ -206,6 +205,7 @@ def update(
 def apply_gradients(state: TrainState, grads: Params, metrics: Metrics,
                     optimizer: optax.GradientTransformation) -> tuple[TrainState, Metrics]:  # fmt: skip
     """One optimizer step, or none at all if the loss or a gradient is NaN or infinite."""
+    grads = meshes.split_parameters(grads)  # as the parameters, so that each device sums and keeps only its part
     norm = optax.global_norm(grads)
     good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     steps, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -215,6 +215,7 @@ def apply_gradients(state: TrainState, grads: Params, metrics: Metrics,
         opt_state=keep(opt_state, state.opt_state),
         bad_updates=jnp.where(good, 0, state.bad_updates + 1),
     )
+    state = meshes.split_state(state)
     return state, metrics | {"grad_norm": norm, "skipped_updates": 1.0 - good.astype(jnp.float32)}
 
 

@@ -39,8 +39,8 @@ DIGITS = 1
 online.Experiment.reward_fn = @graph.random()
 online.Experiment.prompts_per_step = 8
 online.Experiment.group_size = 2
-online.Experiment.mesh = @meshes.data_mesh
-meshes.data_mesh.devices = 1
+online.Experiment.mesh = @meshes.mesh
+meshes.mesh.devices = 1
 """
 
 

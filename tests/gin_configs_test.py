@@ -11,6 +11,7 @@ import jax
 import pytest
 
 from mlrl import main, meshes, runs, selection
+from mlrl.loops import online
 from mlrl.loops.start import random_parameters
 from mlrl.models import pretrained
 from mlrl.models.transformer import Config, Transformer, initialize
@@ -20,6 +21,10 @@ REPO = pathlib.Path(__file__).resolve().parent.parent
 DATA = REPO.parent / "shared" / "data"
 EXPERIMENTS = sorted(path.relative_to(REPO).as_posix() for path in REPO.glob("experiments/**/*.gin"))
 METHODS = sorted(path.stem for path in REPO.glob("gin/methods/*.gin"))
+MESHES = {
+    "data": {"data": 8}, "fsdp": {"fsdp": 8}, "tensor": {"data": 4, "tensor": 2},
+    "fsdp_tensor": {"fsdp": 4, "tensor": 2}, "expert": {"fsdp": 4, "expert": 2}, "sequence": {"fsdp": 4, "sequence": 2},
+}  # fmt: skip
 FILES = sorted(path.relative_to(REPO).as_posix() for path in REPO.glob("gin/**/*.gin")) + EXPERIMENTS
 LOADED_QUICKLY = {"experiments/quickstart/grpo.gin", "experiments/quickstart/random_reward.gin"}
 # make test-all runs them all
@@ -106,7 +111,7 @@ def overrides_for(path, folder):
 def prepared(path, overrides=None, **changes):
     """(experiment, loop): loaded, checked, traced, and every binding used. On one device."""
     experiment, _ = main.load(str(path), overrides)
-    experiment = dataclasses.replace(experiment, mesh=functools.partial(meshes.data_mesh, devices=1), **changes)
+    experiment = dataclasses.replace(experiment, mesh=functools.partial(meshes.mesh, devices=1), **changes)
     loop, _ = main._prepared(experiment)
     return experiment, loop
 
@@ -172,6 +177,28 @@ def test_a_method_trains_adapters(method, tmp_path):
     experiment, loop = prepared(path)
     assert (experiment.model.lora_rank, experiment.model.param_dtype) == (4, "bfloat16")
     assert one_step(experiment, loop, tmp_path / "run")["grad_norm"] > 0
+
+
+def test_the_files_of_meshes_are_those_that_are_tested():
+    assert {path.stem for path in REPO.glob("gin/meshes/*.gin")} == {*MESHES, "rollout_tensor"}
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_a_mesh_is_chosen_by_an_include(name, tmp_path):
+    path = compose("sft", tmp_path)
+    path.write_text(path.read_text() + f"include 'gin/meshes/{name}.gin'\n" + "transformer.Config.experts = 2\n")
+    experiment, _ = main.load(str(path))
+    main._prepared(experiment)  # the bindings are used
+    sizes = {axis: size for axis, size in experiment.mesh().shape.items() if size > 1}
+    assert sizes == MESHES[name]
+
+
+def test_rollouts_may_be_on_another_mesh_than_the_update(tmp_path):
+    path = compose("grpo", tmp_path)
+    path.write_text(path.read_text() + "include 'gin/meshes/fsdp.gin'\ninclude 'gin/meshes/rollout_tensor.gin'\n")
+    experiment, _ = main.load(str(path))
+    _, parts = main._prepared(experiment)
+    assert "8 device(s): fsdp 8, and for rollouts 8 device(s): data 4 x tensor 2" in online.describe(parts)
 
 
 def test_a_method_that_asks_for_too_much_is_refused(tmp_path):

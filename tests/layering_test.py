@@ -16,10 +16,10 @@ BLOCKS = (
     ("arithmetic", "reductions divergences controllers importance groups returns advantages selection metrics "
                    "monitoring batches losses"),
     ("data", "tokenizer_files vocabularies tasks prompts stored curricula data"),
-    ("models", "models scoring"),
+    ("models", "axes meshes models scoring"),
     ("rollout", "sampling generation rollouts environments"),
     ("rewards", "rewards"),
-    ("learning", "meshes optimizers updates"),
+    ("learning", "optimizers updates"),
     ("IO", "folders checkpoints writers evaluation evaluation_stored report runs export"),
     ("loops", "loops"),
     ("the door", "main __main__"),

@@ -33,8 +33,8 @@ online.Experiment.task = @puzzles.arithmetic()
 online.Experiment.reward_fn = %REWARD
 online.Experiment.prompts_per_step = 8
 online.Experiment.group_size = 2
-online.Experiment.mesh = @meshes.data_mesh
-meshes.data_mesh.devices = 2
+online.Experiment.mesh = @meshes.mesh
+meshes.mesh.devices = 2
 transformer.Config.width = 16
 transformer.Config.layers = 1
 transformer.Config.heads = 2
@@ -105,7 +105,7 @@ def assert_one_line(found, *words):
         ("online.Experiment.micro_batch_rows = 5\n", ("16 rows", "micro_batch_rows = 5")),
         ("online.Experiment.prompts_per_step = 7\n", ("7 prompts", "2 devices")),
         ("online.Experiment.group_size = 0\n", ("Experiment.group_size", "at least 1")),
-        ("meshes.data_mesh.devices = 1000\n", ("data_mesh.devices is 1000",)),
+        ("meshes.mesh.devices = 1000\n", ("mesh.devices is 1000",)),
         ("transformer.Config.vocabulary_size = 10\n", ("Config.vocabulary_size is 10", "22 ids")),
         ("transformer.Config.heads = 3\ntransformer.Config.kv_heads = 2\n", ("Config.heads (3)", "kv_heads (2)")),
         # rewards

@@ -79,7 +79,7 @@ def test_micro_batches_only_add_up(reduction):
 @pytest.mark.parametrize("devices", [2, 4])
 def test_data_shards_only_add_up(devices):
     whole, whole_metrics = run(batch())
-    with meshes.use(meshes.data_mesh(devices=devices)):
+    with meshes.use(meshes.mesh(devices=devices)):
         split, metrics = run(batch(), micro_batch_rows=4)
         lowered = jax.jit(meshes.split_rows).lower(jnp.zeros((B, 3))).compile().output_shardings
     assert "data" in str(lowered.spec), "the rows were not split at all"

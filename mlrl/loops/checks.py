@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
+from mlrl import meshes, scoring
 from mlrl import prompts as prompts_lib
-from mlrl import scoring
 from mlrl.evaluation import AnyEvaluation, completions
 from mlrl.evaluation_stored import StoredEvaluation
 from mlrl.models.transformer import Config, Transformer
@@ -83,14 +84,27 @@ def rows_divide(experiment: Any, rows: int, unit_rows: int = 1) -> None:
     require_whole("Experiment", "seed", experiment.seed, 0)
     minibatches = getattr(experiment, "minibatches", 1)
     check_division(rows, minibatches, experiment.micro_batch_rows, unit_rows)
-    devices = experiment.mesh().size
-    pieces = {"prompts or rows a step": getattr(experiment, "prompts_per_step", rows),
-              "rows of a minibatch": rows // minibatches,
-              "micro_batch_rows": experiment.micro_batch_rows}  # fmt: skip
-    for name, count in pieces.items():
-        if count % devices:
-            raise Refused(f"{count} {name} do not divide over {devices} devices: change the number or "
-                          "data_mesh.devices")  # fmt: skip
+    mesh, rollout_mesh = meshes_of(experiment)
+    prompts = {"prompts or rows a step": getattr(experiment, "prompts_per_step", rows)}
+    learned = {"rows of a minibatch": rows // minibatches, "micro_batch_rows": experiment.micro_batch_rows}
+    for counts, where in ((prompts | learned, mesh), (prompts, rollout_mesh)):
+        for name, count in counts.items():
+            if count % meshes.row_shards(where):
+                raise Refused(f"{count} {name} do not divide over {meshes.row_shards(where)} devices: change the "
+                              "number or the mesh, or use fewer devices by mesh.devices")  # fmt: skip
+
+
+def meshes_of(experiment: Any) -> tuple[Mesh, Mesh]:
+    """The mesh of the update, and that of rollouts."""
+    mesh = experiment.mesh()
+    return mesh, getattr(experiment, "rollout_mesh", meshes.same)(mesh)
+
+
+def mesh_fits(experiment: Any) -> None:
+    """An axis of the mesh that is there for a part of the model has that part to split."""
+    shards = max(mesh.shape["expert"] for mesh in meshes_of(experiment))
+    if shards > 1 and not experiment.model.experts:
+        raise Refused(f"mesh.expert is {shards}, but the model has no experts: set mesh.expert = 1, or Config.experts")
 
 
 def rounds_divide(experiment: Any) -> None:

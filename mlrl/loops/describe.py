@@ -8,8 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mlrl import meshes
 from mlrl import prompts as prompts_lib
 from mlrl.evaluation import completions
+from mlrl.loops import checks
 from mlrl.models.transformer import Config
 from mlrl.types import Models, Refused, RewardFn, Task, TrainState
 
@@ -74,6 +76,12 @@ def the_memory(config: Config, state: TrainState, *, rows: int, columns: int, sc
         "logits of an update (fp32)": logits,
     }  # fmt: skip
     return ", ".join(f"{name} {mebibytes(count)}" for name, count in parts.items() if count)
+
+
+def the_meshes(experiment: Any) -> str:
+    """How many devices, and how they are arranged."""
+    mesh, rollout_mesh = checks.meshes_of(experiment)
+    return meshes.words(mesh) + ("" if rollout_mesh == mesh else f", and for rollouts {meshes.words(rollout_mesh)}")
 
 
 def the_evaluations(experiment: Any) -> str:

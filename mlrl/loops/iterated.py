@@ -89,7 +89,8 @@ class Experiment:
     reference: Reference = own_start()
     reference_tokens: int = 0
     evaluations: tuple[Evaluation, ...] = ()
-    mesh: Callable[[], jax.sharding.Mesh] = meshes.data_mesh
+    mesh: Callable[[], jax.sharding.Mesh] = meshes.mesh
+    rollout_mesh: Callable[[jax.sharding.Mesh], jax.sharding.Mesh] = meshes.same
     recording: runs.Recording = runs.Recording(save_every_steps=1, samples_every_steps=1)
     seed: int = 0
 
@@ -115,9 +116,9 @@ def train(experiment: Experiment, run: runs.Run) -> TrainState:
     """Runs `experiment` in the folder of `run`, from its last checkpoint if it holds one. Returns the last state."""
     parts = prepare(experiment)
     with meshes.use(experiment.mesh()) as mesh:
-        state = run.restore_or(abstract_state(parts), lambda: initial_state(parts), meshes.replicated(mesh))
+        state = run.restore_or(abstract_state(parts), lambda: initial_state(parts), mesh)
         evaluate = evaluator(experiment.evaluations, parts.model, experiment.rollout_fn, parts.reference_model)
-        play = round_function(parts, run, mesh)
+        play = round_function(parts, run)
         run.begin(experiment.task, experiment.num_rounds, evaluate, state)
         for round_number in range(int(state.step), experiment.num_rounds):
             state, metrics, rows = play(state)
@@ -125,11 +126,10 @@ def train(experiment: Experiment, run: runs.Run) -> TrainState:
     return state
 
 
-def round_function(parts: Parts, run: runs.Run,
-                   mesh: jax.sharding.Mesh) -> Callable[[TrainState], tuple[TrainState, Metrics, Batch]]:  # fmt: skip
+def round_function(parts: Parts, run: runs.Run) -> Callable[[TrainState], tuple[TrainState, Metrics, Batch]]:
     """A round: collect rows, choose among them, train on the chosen ones. Its programs have fixed shapes."""
     experiment, collect = parts.experiment, pool.collector(parts, run)
-    begin_ = jax.jit(functools.partial(begun, parts), out_shardings=meshes.replicated(mesh))
+    begin_ = jax.jit(functools.partial(begun, parts))
     begin = lambda state: begin_(state.replace(frozen=())).replace(frozen=state.frozen)  # noqa: E731  without a copy
     choose_, learn_ = (jax.jit(functools.partial(function, parts)) for function in (choose, learn))
     advance = jax.jit(experiment.curriculum.update)
@@ -153,7 +153,7 @@ def round_function(parts: Parts, run: runs.Run,
 
 def begun(parts: Parts, state: TrainState) -> TrainState:
     """What a round's training starts from; its rows are sampled by the policy as it was before."""
-    return parts.experiment.begin_round(state, parts.experiment.optimizer)
+    return meshes.split_state(parts.experiment.begin_round(state, parts.experiment.optimizer))
 
 
 def choose(parts: Parts, controlled: dict[str, Array], rows: Batch) -> tuple[Array, Array, Array, Metrics]:
@@ -203,6 +203,7 @@ def prepare(experiment: Experiment) -> Parts:
     checks.nouns(experiment)
     model = checks.model_for(experiment.model, experiment.task.vocabulary)
     checks.start_fits(experiment.start, model)
+    checks.mesh_fits(experiment)
     checks.rows_divide(experiment, experiment.rows_per_step)
     checks.rounds_divide(experiment)
     parts = Parts(experiment, model, experiment.reference.model(model), lift(experiment.reward_fn), frozenset())
@@ -263,7 +264,7 @@ def describe(parts: Parts) -> str:
         "memory": describe_.the_memory(
             parts.model.config, state, rows=experiment.prompts_per_step * g, columns=columns, scored=columns - width,
             update_rows=experiment.micro_batch_rows or each, vocabulary_size=parts.model.config.vocabulary_size,
-        ) + f"; {experiment.mesh().size} device(s)",
+        ) + f"; {describe_.the_meshes(experiment)}",
         "compiled": "the rollout, the annotation, the selection and the update; two samplers for each evaluation",
         "evaluated": describe_.the_evaluations(experiment).replace("steps", "rounds"),
         "rewards": describe_.tried(parts.reward, task),

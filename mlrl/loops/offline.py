@@ -96,7 +96,7 @@ class Experiment:
     stop: Callable[[Results], bool] = never
     evaluations: tuple[AnyEvaluation, ...] = ()
     rollout_fn: RolloutFn = single_turn
-    mesh: Callable[[], jax.sharding.Mesh] = meshes.data_mesh
+    mesh: Callable[[], jax.sharding.Mesh] = meshes.mesh
     recording: runs.Recording = runs.Recording()
     seed: int = 0
 
@@ -120,7 +120,7 @@ def train(experiment: Experiment, run: runs.Run) -> TrainState:
     """Runs `experiment` in the folder of `run`, from its last checkpoint if it holds one. Returns the last state."""
     parts = prepare(experiment)
     with meshes.use(experiment.mesh()) as mesh:
-        state = run.restore_or(abstract_state(parts), lambda: initial_state(parts), meshes.replicated(mesh))
+        state = run.restore_or(abstract_state(parts), lambda: initial_state(parts), mesh)
         evaluate = evaluator(experiment.evaluations, parts.model, experiment.rollout_fn, parts.reference_model)
         next_rows, take_step = row_source(parts), jax.jit(functools.partial(learn, parts), donate_argnums=0)
         if experiment.stop(run.begin(experiment.task, experiment.num_steps, evaluate, state)):
@@ -139,6 +139,7 @@ def prepare(experiment: Experiment) -> Parts:
     checks.nouns(experiment)
     model = checks.model_for(experiment.model, experiment.task.vocabulary)
     checks.start_fits(experiment.start, model)
+    checks.mesh_fits(experiment)
     checks.rows_divide(experiment, experiment.rows_per_step)
     parts = Parts(experiment, model, experiment.reference.model(model), frozenset())
     batch = _abstract_rows(parts)
@@ -263,7 +264,7 @@ def describe(parts: Parts) -> str:
             parts.model.config, state, rows=0, columns=columns, scored=columns,
             update_rows=experiment.micro_batch_rows or rows // experiment.minibatches,
             vocabulary_size=parts.model.config.vocabulary_size,
-        ) + f"; {experiment.mesh().size} device(s)",
+        ) + f"; {describe_.the_meshes(experiment)}",
         "compiled": "the update; two samplers for each evaluation",
         "evaluated": describe_.the_evaluations(experiment),
     })  # fmt: skip

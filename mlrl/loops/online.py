@@ -74,6 +74,7 @@ class Experiment:
     start           (model, key) -> the first parameters
     evaluations     what to measure on held-out prompts
     mesh            the devices, as a function, so that an experiment can be read without touching them
+    rollout_mesh    mesh -> the same devices as rollouts split things over them, such as meshes.rearranged
     """
 
     task: Task
@@ -103,7 +104,8 @@ class Experiment:
     reference: Reference = own_start()
     reference_tokens: int = 0
     evaluations: tuple[AnyEvaluation, ...] = ()
-    mesh: Callable[[], jax.sharding.Mesh] = meshes.data_mesh
+    mesh: Callable[[], jax.sharding.Mesh] = meshes.mesh
+    rollout_mesh: Callable[[jax.sharding.Mesh], jax.sharding.Mesh] = meshes.same
     recording: runs.Recording = runs.Recording()
     seed: int = 0
 
@@ -128,7 +130,7 @@ def train(experiment: Experiment, run: runs.Run) -> TrainState:
     """Runs `experiment` in the folder of `run`, from its last checkpoint if it holds one. Returns the last state."""
     parts = prepare(experiment)
     with meshes.use(experiment.mesh()) as mesh:
-        state = run.restore_or(abstract_state(parts), lambda: initial_state(parts), meshes.replicated(mesh))
+        state = run.restore_or(abstract_state(parts), lambda: initial_state(parts), mesh)
         evaluate = evaluator(experiment.evaluations, parts.model, experiment.rollout_fn, parts.reference_model)
         next_prompts, take_step = prompt_source(parts), step_function(parts, run)
         run.begin(experiment.task, experiment.num_steps, evaluate, state)
@@ -144,6 +146,7 @@ def prepare(experiment: Experiment) -> Parts:
     checks.nouns(experiment)
     model = checks.model_for(experiment.model, experiment.task.vocabulary)
     checks.start_fits(experiment.start, model)
+    checks.mesh_fits(experiment)
     checks.rows_divide(experiment, experiment.prompts_per_step * experiment.group_size)
     reference = experiment.reference.model(model)
     parts = Parts(experiment, model, reference, lift(experiment.reward_fn), frozenset())
@@ -185,9 +188,10 @@ def prompt_source(parts: Parts) -> Callable[..., Prompts]:
 
 
 def step_function(parts: Parts, run: runs.Run) -> Callable[[TrainState, Prompts], tuple[TrainState, Metrics, Batch]]:
-    """The step: one jit when the reward is in the graph, else two with the host's rewards between them."""
-    sample, next_prompts = jax.jit(functools.partial(sample_rows, parts)), prompt_source(parts)
-    if parts.reward.in_graph:
+    """The step: one program where the reward is in the graph and rollouts are on the mesh of the update, else several.
+    """
+    sample, next_prompts = stages.sampler(parts, sample_rows), prompt_source(parts)
+    if parts.reward.in_graph and stages.one_mesh(parts):
         whole = jax.jit(functools.partial(whole_step, parts), donate_argnums=0)
 
         def one_program(state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics, Batch]:
@@ -195,16 +199,18 @@ def step_function(parts: Parts, run: runs.Run) -> Callable[[TrainState, Prompts]
             return whole(state, prompts)
 
         return one_program
-    learn_ = jax.jit(functools.partial(learn, parts))
+    learn_, judge = jax.jit(functools.partial(learn, parts)), functools.partial(stages.reward_rows, parts)
+    judge = jax.jit(judge) if parts.reward.in_graph else judge
 
     def step(state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics, Batch]:
         def attempt(number: int, reward_state: Any) -> tuple[Prompts, Rollout, Rewards, Any]:
             drawn = next_prompts(state, int(state.step), number) if number else prompts
             with run.phase("rollout"):
-                rollout = jax.block_until_ready(sample(state, drawn, number))
+                as_in_one = parts.reward.in_graph and number == 0  # the same randomness as in one program
+                rollout = jax.block_until_ready(sample(state, drawn, *(() if as_in_one else (number,))))
             with run.phase("reward"):
-                on_host = jax.device_get(rollout), jax.device_get(drawn)
-                rewards, reward_state = stages.reward_rows(parts, state.replace(reward=reward_state), *on_host)
+                given = (rollout, drawn) if parts.reward.in_graph else jax.device_get((rollout, drawn))
+                rewards, reward_state = judge(state.replace(reward=reward_state), *given)
             return drawn, rollout, rewards, reward_state
 
         rows, reward_state, counts = refill.on_host(parts, attempt, state.reward)
@@ -277,7 +283,8 @@ def describe(parts: Parts) -> str:
     state = abstract_state(parts)
     n, g = experiment.prompts_per_step, experiment.group_size
     (rows, columns), width = rollout.tokens.shape, prompts.tokens.shape[1]
-    programs = "the whole step" if parts.reward.in_graph else "the rollout, and the update after the host's rewards"
+    one_program = parts.reward.in_graph and stages.one_mesh(parts)
+    programs = "the whole step" if one_program else "the rollout, and the update after the rewards"
     reads = sorted(name for name in parts.reads if name in ("Batch.values", "Batch.reference_log_probs"))
     return describe_.table({
         "task": f"{task.name}: {', '.join(task.sources)}",
@@ -291,7 +298,7 @@ def describe(parts: Parts) -> str:
             parts.model.config, state, rows=rows, columns=columns, scored=columns - width,
             update_rows=experiment.micro_batch_rows or rows // experiment.minibatches,
             vocabulary_size=parts.model.config.vocabulary_size,
-        ) + f"; {experiment.mesh().size} device(s)",
+        ) + f"; {describe_.the_meshes(experiment)}",
         "annotated": ", ".join(["old log-probs", *(name.removeprefix("Batch.") for name in reads)]),
         "compiled": f"{programs}; two samplers for each evaluation",
         "evaluated": describe_.the_evaluations(experiment),

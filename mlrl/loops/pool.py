@@ -24,7 +24,7 @@ def collector(parts: Any, run: runs.Run) -> Callable[[TrainState], tuple[Prompts
     in_graph = lambda function, inside=True: jax.jit(function) if inside else function  # noqa: E731
     draw = in_graph(functools.partial(draw_chunk, parts), experiment.task.in_graph)
     judge = in_graph(functools.partial(stages.reward_rows, parts), parts.reward.in_graph)
-    sample = in_graph(functools.partial(sample_chunk, parts))
+    sample = stages.sampler(parts, sample_chunk)
     annotate = in_graph(functools.partial(annotate_chunk, parts))
 
     def collect(state: TrainState) -> tuple[Prompts, Batch, Any]:

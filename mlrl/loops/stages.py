@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from mlrl import controllers, meshes, scoring
 from mlrl import prompts as prompts_lib
+from mlrl.loops import checks
 from mlrl.loops.states import Parts, abstract_state, reads_reference
 from mlrl.models import lora
 from mlrl.models.transformer import Transformer
@@ -49,6 +50,36 @@ def sample_rows(parts: Parts, state: TrainState, prompts: Prompts, key: Array) -
             group_size=experiment.group_size, policy_version=state.step,
         ).check()
     )  # fmt: skip
+
+
+def sampler(parts: Parts, sample: Callable[..., Rollout]) -> Callable[..., Rollout]:
+    """sample(parts, state, prompts, ...) compiled for the mesh of rollouts, to be called on that of the update.
+
+    Where the two differ, parameters and prompts are moved there first, and rows come back; see `meshes.mover`.
+    """
+    program = jax.jit(functools.partial(sample, parts))
+    here, there = checks.meshes_of(parts.experiment)
+    if there == here:
+        return program
+    acting = lambda state: state.replace(opt_state=(), reference=())  # noqa: E731
+    state, (prompts, rollout, _) = acting(abstract_state(parts)), abstract_rows(parts)
+    places = lambda mesh: (meshes.state_shardings(state, mesh), meshes.row_shardings(prompts, mesh))  # noqa: E731
+    go = meshes.mover(places(here), places(there))
+    back = meshes.mover(*(meshes.row_shardings(rollout, mesh) for mesh in (there, here)))
+
+    def on_other_mesh(state: TrainState, prompts: Prompts, *more: Any) -> Rollout:
+        moved = go((acting(state), prompts))
+        with meshes.use(there):
+            rollout = program(*moved, *more)
+        return back(rollout)
+
+    return on_other_mesh
+
+
+def one_mesh(parts: Parts) -> bool:
+    """Whether rollouts are on the mesh of the update."""
+    here, there = checks.meshes_of(parts.experiment)
+    return there == here
 
 
 def reward_rows(parts: Any, state: TrainState, rollout: Rollout, prompts: Prompts) -> tuple[Rewards, Any]:

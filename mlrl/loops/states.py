@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from mlrl import controllers
+from mlrl import controllers, meshes
 from mlrl.loops.start import random_parameters
 from mlrl.models import lora
 from mlrl.models.transformer import Transformer
@@ -42,13 +42,14 @@ def keeps_reference(parts: Parts) -> bool:
 
 
 def initial_state(parts: Parts) -> TrainState:
-    """The state before the first step."""
+    """The state before the first step, in arrays of its own, split over the current mesh from the beginning."""
     key = jax.random.fold_in(jax.random.key(parts.experiment.seed), 0x73746172)
-    params = parts.experiment.start(parts.model, key)
+    params = meshes.placed(parts.experiment.start(parts.model, key))
     reference = ()
     if keeps_reference(parts):
-        reference = parts.experiment.reference.params(params, parts.reference_model, key)
-    return state_from(parts, params, reference)
+        reference = meshes.placed(parts.experiment.reference.params(params, parts.reference_model, key))
+    # In one program, since what an optimizer makes of parameters would else be whole on every device.
+    return jax.jit(lambda *models: meshes.split_state(state_from(parts, *models)))(params, reference)
 
 
 def abstract_state(parts: Parts) -> TrainState:

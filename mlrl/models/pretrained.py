@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from mlrl import meshes
 from mlrl.models import families, lora, tensor_files
 from mlrl.models.layouts import Path, Tensor, covers
 from mlrl.models.transformer import Config, Transformer
@@ -87,7 +88,8 @@ class Start:
             for tensor in parts:
                 view = tensor.view(leaf)
                 view[...] = stored[tensor.name].read().reshape(view.shape)
-            flat[path] = lora.as_held(leaf, like)
+            held = meshes.placed(traverse_util.unflatten_dict({path: lora.as_held(leaf, like)}))
+            flat |= traverse_util.flatten_dict(held)
         return traverse_util.unflatten_dict(flat)
 
 

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mlrl import meshes
 from mlrl.models.attention import Attention, Cache, soft_cap, within_window
 from mlrl.models.mlp import ExpertsMLP, GatedMLP, PlainMLP
 from mlrl.models.norms import RMSNorm
@@ -197,21 +198,24 @@ class Transformer(nn.Module):
         c = self.config
         x = self._embedded(tokens, positions, mask.shape[-1])
         masks = {window: within_window(mask, window) for window in set(c.windows)}
-        written = []
+        # Without these, a compiler may well split the stream along the width, as the kernels are, and move it about.
+        stream = lambda x: meshes.split(x, "rows", "columns")  # noqa: E731
+        x, written = stream(x), []
         for i in range(c.layers):
             cache = caches[i] if caches else None
             seen = masks[c.windows[i % len(c.windows)]]
             mixed, cache = self.attentions[i](self.attention_norms[i](x), positions, seen, cache, column)
-            x = x + (self.attention_post_norms[i](mixed) if c.post_norms else mixed)
+            x = stream(x + (self.attention_post_norms[i](mixed) if c.post_norms else mixed))
             mixed = self.mlps[i](self.mlp_norms[i](x))
-            x = x + (self.mlp_post_norms[i](mixed) if c.post_norms else mixed)
+            x = stream(x + (self.mlp_post_norms[i](mixed) if c.post_norms else mixed))
             written.append(cache)
         return self.final_norm(x), tuple(written) if caches else ()
 
     def _embedded(self, tokens: Array, positions: Array, columns: int) -> Array:
         """Tokens [B,L], and their positions where these are learned, as vectors [B,L,D]."""
         c = self.config
-        x = self.embedding(tokens)
+        # The table is gathered along its width before the lookup, as kernels are before their products.
+        x = jnp.take(meshes.split(self.embedding.embedding, "vocabulary").astype(c.dtype), tokens, axis=0)
         if c.embedding_scale != 1.0:
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
         if not c.learned_positions:
@@ -273,11 +277,16 @@ def _rotation(config: Config, layer: int) -> Callable[[Array, Array], Array]:
 
 def initialize(model: Transformer, key: Array) -> Params:
     """Random parameters of `model`: normal(0.02) embedding, fan-in scaled kernels, residual branches divided by
-    2 * layers in variance, value head zero. With a critic, the policy's are those it has without one."""
+    2 * layers in variance, value head zero. With a critic, the policy's are those it has without one. On a mesh each
+    device makes only what it holds."""
     one = jnp.zeros((1, 1), jnp.int32)
+
+    def init(key: Array) -> Params:
+        params = model.init(key, one, one, jnp.ones((1, 1, 1), bool), method=Transformer.everything)["params"]
+        return meshes.split_parameters(params)
+
     # One jit, since hundreds of small operations one by one take seconds to compile.
-    init = jax.jit(functools.partial(model.init, method=Transformer.everything))
-    return init(key, one, one, jnp.ones((1, 1, 1), bool))["params"]
+    return jax.jit(init)(key)
 
 
 CRITIC = ("critic", "value")  # what the values come from, by name among the parameters: one of these, or neither
@@ -303,14 +312,15 @@ def plain(config: Config) -> Config:
 def empty_caches(config: Config, rows: int, columns: int) -> tuple[Cache, ...]:
     """Zeroed caches for `rows` rows of `columns` columns, a (keys, values) pair a layer; see attention.Cache."""
     keys = jnp.zeros((rows, config.kv_heads, config.head_width, columns), jnp.dtype(config.dtype))
-    return tuple((keys, jnp.swapaxes(keys, 2, 3)) for _ in range(config.layers))
+    split = lambda x: meshes.split(x, "rows", "kv_heads")  # noqa: E731
+    return tuple((split(keys), split(jnp.swapaxes(keys, 2, 3))) for _ in range(config.layers))
 
 
 def widen_caches(caches: tuple[Cache, ...], rows_each: int, more_columns: int) -> tuple[Cache, ...]:
     """Repeats every row `rows_each` times and appends `more_columns` empty columns."""
     def widen(x: Array, axis: int) -> Array:
         padding = [(0, more_columns if i == axis else 0) for i in range(4)]
-        return jnp.pad(jnp.repeat(x, rows_each, axis=0), padding)
+        return meshes.split(jnp.pad(jnp.repeat(x, rows_each, axis=0), padding), "rows", "kv_heads")
 
     return tuple((widen(keys, 3), widen(values, 2)) for keys, values in caches)
 

@@ -38,8 +38,8 @@ def play(folder, count, **changes):
     """(state before, state after, metrics, rows) of each of the first rounds, and the parts."""
     parts = iterated.prepare(worlds.round_of_sums(recording=QUIET, **changes))
     found = []
-    with meshes.use(parts.experiment.mesh()) as mesh, runs.Run(folder, QUIET) as run:
-        round_, state = iterated.round_function(parts, run, mesh), iterated.initial_state(parts)
+    with meshes.use(parts.experiment.mesh()), runs.Run(folder, QUIET) as run:
+        round_, state = iterated.round_function(parts, run), iterated.initial_state(parts)
         while len(found) < count:
             before = state
             state, metrics, rows = round_(state)
@@ -124,7 +124,7 @@ def test_a_moved_reference_is_the_policy_that_sampled_the_round(tmp_path):
 
 @pytest.mark.slow
 def test_a_sharded_round_samples_the_same_tokens_and_learns_the_same(tmp_path):
-    halves = functools.partial(meshes.data_mesh, devices=2)
+    halves = functools.partial(meshes.mesh, devices=2)
     _, ((*_, state, _, rows),) = play(tmp_path / "one", 1)
     _, ((*_, shared, _, other),) = play(tmp_path / "two", 1, mesh=halves)
     np.testing.assert_array_equal(rows.rollout.tokens, other.rollout.tokens)

@@ -72,10 +72,10 @@ def _state(parts):
 
 def test_a_sharded_step_samples_the_same_tokens_and_learns_the_same():
     def step(devices):
-        experiment = worlds.sums(mesh=functools.partial(meshes.data_mesh, devices=devices))
+        experiment = worlds.sums(mesh=functools.partial(meshes.mesh, devices=devices))
         parts = online.prepare(experiment)
-        with meshes.use(experiment.mesh()) as mesh:
-            state = jax.device_put(online.initial_state(parts), meshes.replicated(mesh))
+        with meshes.use(experiment.mesh()):
+            state = online.initial_state(parts)
             prompts = online.prompt_source(parts)(state, 0)
             return jax.device_get(jax.jit(functools.partial(online.whole_step, parts))(state, prompts)[::2])
 
@@ -126,8 +126,11 @@ def test_what_cannot_work_together_is_refused_before_compiling():
         ({"group_size": 1}, "every advantage would be 0"),
         ({"num_steps": 0}, "num_steps must be at least 1"),
         ({"model": Config(vocabulary_size=5)}, "vocabulary_size is 5"),
-        ({"mesh": functools.partial(meshes.data_mesh, devices=3)}, "do not divide over 3 devices"),
-        ({"mesh": functools.partial(meshes.data_mesh, devices=99)}, "only 8 devices"),
+        ({"mesh": functools.partial(meshes.mesh, devices=3)}, "do not divide over 3 devices"),
+        ({"mesh": functools.partial(meshes.mesh, devices=99)}, "only 8 devices"),
+        ({"mesh": functools.partial(meshes.mesh, data=1, expert=8)}, "mesh.expert is 8, but the model has no experts"),
+        ({"mesh": functools.partial(meshes.mesh, data=1, tensor=8), "prompts_per_step": 6, "minibatches": 1,
+          "rollout_mesh": meshes.rearranged}, "6 prompts or rows a step do not divide over 8 devices"),
     ]
     for changes, words in cases:
         with pytest.raises(Refused, match=words):

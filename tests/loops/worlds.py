@@ -11,7 +11,7 @@ from mlrl import optimizers, runs, selection
 from mlrl.evaluation import Evaluation
 from mlrl.loops import iterated, online
 from mlrl.losses import policy
-from mlrl.meshes import data_mesh
+from mlrl.meshes import mesh
 from mlrl.models.transformer import Config
 from mlrl.rewards import combinators, graph
 from mlrl.rollouts.single_turn import single_turn
@@ -21,7 +21,7 @@ from mlrl.types import RewardFn
 TIMES = ("seconds/", "tokens_per_second", "compilations")
 TINY = Config(width=16, layers=1, heads=2, kv_heads=1, head_width=8, mlp_width=24)
 ROLLOUT = functools.partial(single_turn, max_completion_tokens=3)
-ONE_DEVICE = functools.partial(data_mesh, devices=1)
+ONE_DEVICE = functools.partial(mesh, devices=1)
 
 
 def first_digit(completion: str, example) -> float:
