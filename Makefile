@@ -1,4 +1,4 @@
-# make install | quickstart | test | test-all | bench | parity | lint | report | lock | clean
+# make install | quickstart | test | test-all | bench | parity | pods | lint | report | lock | clean
 # VENV=DIR puts the environment elsewhere; PYTHON=python3.12 makes it with another interpreter.
 
 VENV ?= .venv
@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
-.PHONY: install quickstart test test-all bench parity lint report lock clean
+.PHONY: install quickstart test test-all bench parity pods lint report lock clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -42,6 +42,10 @@ parity: install
 	JAX_PLATFORMS=cpu $(BIN)/python parity/trl_parity.py
 	JAX_PLATFORMS=cpu $(BIN)/python parity/transformers_parity.py
 
+# Compiles for a small TPU topology, with libtpu in a folder of its own; says so when that cannot be installed.
+pods: install
+	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.pods.libtpu $(BIN)/python -m pytest tests/pods/tpu_test.py $(PYTEST_FLAGS)
+
 lint: install
 	$(BIN)/ruff check .
 
@@ -54,5 +58,5 @@ lock:
 	  > requirements.lock.new && mv requirements.lock.new requirements.lock
 
 clean:
-	rm -rf .venv .jax_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .libtpu .jax_cache .pytest_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

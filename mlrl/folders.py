@@ -28,6 +28,8 @@ def claim_run_folder(folder: str | os.PathLike, config: str, *, may_differ: tupl
     Raises:
       Refused: it holds another run (with the lines that differ), or files of something else, or cannot be written.
     """
+    if "://" in str(folder):
+        raise Refused(f"{folder} is no folder of this machine: mount the bucket (docs/pods.md), and name where")
     folder = pathlib.Path(folder)
     path = folder / "config.gin"
     if path.is_file():

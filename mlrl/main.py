@@ -50,6 +50,12 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     train.add_argument("--report", action="store_true", help="write report.html at the end and print a summary")
     check = add("check", _check, "Say in words what an experiment would do, without compiling anything.")
     check.add_argument("experiment", help="a gin file")
+    compile_ = add("compile", _compile, "Compile an experiment's own programs for TPUs that are not there: what fits.")
+    compile_.add_argument("experiment", help="a gin file")
+    compile_.add_argument("--topology", required=True, metavar="KIND:AxBxC", help="such as v5e:4x4 or v5p:4x4x4")
+    compile_.add_argument("--slices", type=int, default=1, help="so many of them, joined by the network")
+    compile_.add_argument("--json", default="", metavar="FILE", help="write the numbers there too; - prints only them")
+    compile_.add_argument("--results", default="", help=argparse.SUPPRESS)  # the process that compiles writes here
     evaluate = add("eval", _evaluate, "Evaluate a run's last checkpoint: pass@k, maj@k, greedy -> results.json.")
     evaluate.add_argument("run_dir")
     evaluate.add_argument("--task", default="", help="only the evaluation of this task")
@@ -62,7 +68,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     export.add_argument("run_dir")
     export.add_argument("out_dir", help="a new folder: config.json, model.safetensors and the tokenizer's files")
     export.add_argument("--shard_gb", type=float, default=5.0, help="cut weights into shards of at most so many GB")
-    for command in (train, check, evaluate, export):
+    for command in (train, check, compile_, evaluate, export):
         command.epilog = "--gin.NAME=VALUE sets a macro (--gin.SEED=1) or a binding (--gin.Config.layers=4)."
     plain = [a for a in argv if not a.startswith("--gin.")]
     overrides = {}
@@ -99,6 +105,19 @@ def _check(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     experiment, _ = load(arguments.experiment, overrides)
     loop, parts = _prepared(experiment)
     print(loop.describe(parts))
+
+
+def _compile(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
+    from mlrl.pods import ahead, command
+
+    _require_file(pathlib.Path(arguments.experiment), "name an experiment's gin file")
+    if not arguments.results:
+        again = [f"--gin.{name}={value}" for name, value in overrides.items()]
+        return command.report(arguments.experiment, again, arguments.topology, arguments.slices, arguments.json)
+    with ahead.on_topology(arguments.topology, arguments.slices):
+        experiment, _ = load(arguments.experiment, overrides)
+        ahead.compile_all(*_prepared(experiment), arguments.topology, pathlib.Path(arguments.results))
+    return 0
 
 
 def _prepared(experiment: Any) -> tuple[Any, Any]:

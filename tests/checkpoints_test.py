@@ -295,6 +295,11 @@ train.loop = \\
 """
 
 
+def test_a_bucket_is_no_folder():
+    with pytest.raises(Refused, match="gs://b/run is no folder of this machine: mount the bucket"):
+        checkpoints.claim_run_folder("gs://b/run", CONFIG)
+
+
 def test_a_folder_belongs_to_one_run(tmp_path):
     folder = tmp_path / "runs" / "a"
     assert not checkpoints.claim_run_folder(folder, CONFIG)

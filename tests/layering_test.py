@@ -22,6 +22,7 @@ BLOCKS = (
     ("learning", "optimizers updates"),
     ("IO", "folders checkpoints writers evaluation evaluation_stored report runs export"),
     ("loops", "loops"),
+    ("pods", "pods"),
     ("the door", "main __main__"),
 )
 BLOCK_OF = {name: i for i, (_, names) in enumerate(BLOCKS) for name in names.split()}

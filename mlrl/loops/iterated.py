@@ -19,7 +19,7 @@ from mlrl.evaluation import Evaluation, evaluator
 from mlrl.loops import checks, pool, rounds, stages
 from mlrl.loops import describe as describe_
 from mlrl.loops.start import Reference, StartFn, own_start, random_parameters
-from mlrl.loops.states import abstract_state, initial_state
+from mlrl.loops.states import Program, abstract_state, initial_state
 from mlrl.losses.supervised import next_token
 from mlrl.models.transformer import Config, Transformer
 from mlrl.monitoring import reference_metrics, step_metrics, value_metrics
@@ -128,10 +128,10 @@ def train(experiment: Experiment, run: runs.Run) -> TrainState:
 
 def round_function(parts: Parts, run: runs.Run) -> Callable[[TrainState], tuple[TrainState, Metrics, Batch]]:
     """A round: collect rows, choose among them, train on the chosen ones. Its programs have fixed shapes."""
-    experiment, collect = parts.experiment, pool.collector(parts, run)
+    experiment, collect = parts.experiment, pool.collector(parts, run, jitted(parts))
     begin_ = jax.jit(functools.partial(begun, parts))
     begin = lambda state: begin_(state.replace(frozen=())).replace(frozen=state.frozen)  # noqa: E731  without a copy
-    choose_, learn_ = (jax.jit(functools.partial(function, parts)) for function in (choose, learn))
+    choose_, learn_ = jax.jit(functools.partial(choose, parts)), jitted(parts)["update"]
     advance = jax.jit(experiment.curriculum.update)
 
     def play(state: TrainState) -> tuple[TrainState, Metrics, Batch]:
@@ -149,6 +149,26 @@ def round_function(parts: Parts, run: runs.Run) -> Callable[[TrainState], tuple[
         return state.replace(step=state.step + 1, curriculum=curriculum, reward=reward_state), metrics, rows
 
     return play
+
+
+def jitted(parts: Parts) -> dict[str, Callable]:
+    """The large ones of the programs that a round compiles: chunks of rows are sampled and annotated, and updates."""
+    rest = {"annotate": pool.annotate_chunk, "update": learn}
+    rest = {name: jax.jit(functools.partial(function, parts)) for name, function in rest.items()}
+    return {"rollout": stages.sampler(parts, pool.sample_chunk), **rest}
+
+
+def programs(parts: Parts) -> dict[str, Program]:
+    """The large programs of a round, what it calls them with, and where. Moving between two meshes is left out."""
+    prompts, rollout, rewards = stages.abstract_rows(parts)
+    state, compiled, (mesh, rollout_mesh) = abstract_state(parts), jitted(parts), checks.meshes_of(parts.experiment)
+    sample = jax.jit(functools.partial(pool.sample_chunk, parts))
+    rows = jax.eval_shape(compiled["annotate"], state, prompts, rollout, rewards)
+    return {
+        "rollout": Program(sample, (state, prompts, 0), rollout_mesh),
+        "annotate": Program(compiled["annotate"], (state, prompts, rollout, rewards), mesh),
+        "update": Program(compiled["update"], (state, pool.abstract(rows, parts.experiment.rows_per_step)), mesh),
+    }
 
 
 def begun(parts: Parts, state: TrainState) -> TrainState:

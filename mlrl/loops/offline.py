@@ -19,7 +19,7 @@ from mlrl.evaluation import AnyEvaluation, Results, evaluator
 from mlrl.loops import checks, stages
 from mlrl.loops import describe as describe_
 from mlrl.loops.start import Reference, StartFn, own_start, random_parameters
-from mlrl.loops.states import abstract_state, initial_state
+from mlrl.loops.states import Program, abstract_state, initial_state
 from mlrl.losses.supervised import next_token
 from mlrl.models import lora
 from mlrl.models.transformer import Config, Transformer
@@ -122,7 +122,7 @@ def train(experiment: Experiment, run: runs.Run) -> TrainState:
     with meshes.use(experiment.mesh()) as mesh:
         state = run.restore_or(abstract_state(parts), lambda: initial_state(parts), mesh)
         evaluate = evaluator(experiment.evaluations, parts.model, experiment.rollout_fn, parts.reference_model)
-        next_rows, take_step = row_source(parts), jax.jit(functools.partial(learn, parts), donate_argnums=0)
+        next_rows, take_step = row_source(parts), jitted(parts)["update"]
         if experiment.stop(run.begin(experiment.task, experiment.num_steps, evaluate, state)):
             return state
         for step in range(int(state.step), experiment.num_steps):
@@ -197,6 +197,17 @@ def _abstract_rows(parts: Parts) -> Batch:
     rows = functools.partial(_rows, parts)
     draw = lambda: rows(jax.random.key(0), 0)  # noqa: E731
     return jax.eval_shape(draw) if parts.experiment.task.in_graph else draw()
+
+
+def jitted(parts: Parts) -> dict[str, Callable]:
+    """What the loop compiles: the update."""
+    return {"update": jax.jit(functools.partial(learn, parts), donate_argnums=0)}
+
+
+def programs(parts: Parts) -> dict[str, Program]:
+    """What the loop compiles, what it calls it with, and where."""
+    given = (abstract_state(parts), _abstract_rows(parts))
+    return {"update": Program(jitted(parts)["update"], given, parts.experiment.mesh())}
 
 
 def learn(parts: Parts, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics, Batch]:

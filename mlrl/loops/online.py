@@ -19,7 +19,7 @@ from mlrl.evaluation import AnyEvaluation, evaluator
 from mlrl.loops import checks, refill, stages
 from mlrl.loops import describe as describe_
 from mlrl.loops.start import Reference, StartFn, own_start, random_parameters
-from mlrl.loops.states import abstract_state, initial_state
+from mlrl.loops.states import Program, abstract_state, initial_state
 from mlrl.models.transformer import Config, Transformer
 from mlrl.monitoring import reference_metrics, step_metrics, value_metrics
 from mlrl.rewards.lifting import lift
@@ -190,16 +190,16 @@ def prompt_source(parts: Parts) -> Callable[..., Prompts]:
 def step_function(parts: Parts, run: runs.Run) -> Callable[[TrainState, Prompts], tuple[TrainState, Metrics, Batch]]:
     """The step: one program where the reward is in the graph and rollouts are on the mesh of the update, else several.
     """
-    sample, next_prompts = stages.sampler(parts, sample_rows), prompt_source(parts)
-    if parts.reward.in_graph and stages.one_mesh(parts):
-        whole = jax.jit(functools.partial(whole_step, parts), donate_argnums=0)
+    compiled, next_prompts = jitted(parts), prompt_source(parts)
+    sample = compiled["rollout"]
+    if "step" in compiled:
 
         def one_program(state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics, Batch]:
             run.rehearse("rollout", lambda: sample(state, prompts))  # inside one program, phases cannot be timed
-            return whole(state, prompts)
+            return compiled["step"](state, prompts)
 
         return one_program
-    learn_, judge = jax.jit(functools.partial(learn, parts)), functools.partial(stages.reward_rows, parts)
+    judge = functools.partial(stages.reward_rows, parts)
     judge = jax.jit(judge) if parts.reward.in_graph else judge
 
     def step(state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics, Batch]:
@@ -215,10 +215,28 @@ def step_function(parts: Parts, run: runs.Run) -> Callable[[TrainState, Prompts]
 
         rows, reward_state, counts = refill.on_host(parts, attempt, state.reward)
         with run.phase("update"):
-            state, metrics, batch = learn_(state.replace(reward=reward_state), *rows)
+            state, metrics, batch = compiled["update"](state.replace(reward=reward_state), *rows)
             return jax.block_until_ready((state, metrics | counts, batch))
 
     return step
+
+
+def jitted(parts: Parts) -> dict[str, Callable]:
+    """What the loop compiles: the rollout, and the whole step or, where that is not one program, the update."""
+    sample = stages.sampler(parts, sample_rows)
+    if parts.reward.in_graph and stages.one_mesh(parts):
+        return {"rollout": sample, "step": jax.jit(functools.partial(whole_step, parts), donate_argnums=0)}
+    return {"rollout": sample, "update": jax.jit(functools.partial(learn, parts), donate_argnums=0)}
+
+
+def programs(parts: Parts) -> dict[str, Program]:
+    """What the loop compiles, what it calls it with, and where. Moving between two meshes is left out."""
+    prompts, rollout, rewards = stages.abstract_rows(parts)
+    state, (mesh, rollout_mesh) = abstract_state(parts), checks.meshes_of(parts.experiment)
+    sample = jax.jit(functools.partial(sample_rows, parts))
+    given = {"step": (state, prompts), "update": (state, prompts, rollout, rewards)}
+    learned = {name: Program(f, given[name], mesh) for name, f in jitted(parts).items() if name in given}
+    return {"rollout": Program(sample, (state, prompts), rollout_mesh), **learned}
 
 
 def whole_step(parts: Parts, state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics, Batch]:

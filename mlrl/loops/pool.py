@@ -17,15 +17,19 @@ from mlrl.loops import stages
 from mlrl.types import Array, Batch, Metrics, Prompts, Rewards, Rollout, TrainState
 
 
-def collector(parts: Any, run: runs.Run) -> Callable[[TrainState], tuple[Prompts, Batch, Any]]:
-    """state -> the prompts and rows of its round, on the host, and the reward's next state; in chunks of prompts."""
+def collector(parts: Any, run: runs.Run,
+              compiled: dict[str, Callable]) -> Callable[[TrainState], tuple[Prompts, Batch, Any]]:  # fmt: skip
+    """state -> the prompts and rows of its round, on the host, and the reward's next state; in chunks of prompts.
+
+    Args:
+      compiled: `sample_chunk` as "rollout" and `annotate_chunk` as "annotate", jitted.
+    """
     experiment = parts.experiment
     chunks = experiment.prompts_per_round // experiment.prompts_per_step
     in_graph = lambda function, inside=True: jax.jit(function) if inside else function  # noqa: E731
     draw = in_graph(functools.partial(draw_chunk, parts), experiment.task.in_graph)
     judge = in_graph(functools.partial(stages.reward_rows, parts), parts.reward.in_graph)
-    sample = stages.sampler(parts, sample_chunk)
-    annotate = in_graph(functools.partial(annotate_chunk, parts))
+    sample, annotate = compiled["rollout"], compiled["annotate"]
 
     def collect(state: TrainState) -> tuple[Prompts, Batch, Any]:
         asked, answered = [], []

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from mlrl import controllers, meshes
 from mlrl.loops.start import random_parameters
@@ -29,6 +30,19 @@ class Parts(Protocol):
 
     def stateful(self) -> Mapping[str, Any]:
         """First states of whatever else remembers: fields of TrainState by name, such as "curriculum"."""
+
+
+class Program(NamedTuple):
+    """A function that a loop compiles, and what it calls it with: for whoever compiles it without running the loop.
+
+    function    jitted
+    arguments   arrays, or only their shapes and dtypes: the state, then rows
+    mesh        that it runs on
+    """
+
+    function: Callable
+    arguments: tuple[Any, ...]
+    mesh: Mesh
 
 
 def reads_reference(parts: Parts) -> bool:

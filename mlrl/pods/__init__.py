@@ -1,0 +1,1 @@
+"""Pods without a TPU: what an experiment's own programs would need of a named TPU topology."""

@@ -1,0 +1,70 @@
+"""The work of an experiment's programs: products, and passes through weights and caches, phase by phase."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from mlrl.pods.flops import Products
+from mlrl.types import Prompts
+
+
+class Work(NamedTuple):
+    """What one phase of a program asks of all chips together.
+
+    flops            matrix products; see mlrl.pods.flops
+    weight_passes    times that every weight is read, at least
+    cache_bytes      of keys and values that decoding reads
+    optimizer_steps  times that parameters and optimizer state are read and written
+    """
+
+    flops: float
+    weight_passes: float = 0.0
+    cache_bytes: float = 0.0
+    optimizer_steps: int = 0
+
+
+Phases = dict[str, Work]
+
+
+def runs(parts: Any, programs: Iterable[str]) -> dict[str, int]:
+    """How often a step (or a round) runs each program; a round's updates at most, if it selects every row."""
+    experiment = parts.experiment
+    if "step" in programs:  # the rollout alone is only rehearsed, to be timed
+        return {"rollout": 0, "step": 1}
+    if "annotate" not in programs:
+        return dict.fromkeys(programs, 1)
+    chunks = experiment.prompts_per_round // experiment.prompts_per_step
+    rows = experiment.prompts_per_round * experiment.group_size
+    return {"rollout": chunks, "annotate": chunks, "update": experiment.epochs * -(-rows // experiment.rows_per_step)}
+
+
+def phases(parts: Any, name: str, products: Products, arguments: tuple[Any, ...]) -> Phases:
+    """The phases of the program `name`: "decode", which are its loops that may end early, and the rest.
+
+    A turn of decoding passes through the weights and through the keys and values of every row, to the rows' full
+    length; a rollout passes through the weights once before (the prefill), and an update three times a micro-batch.
+    """
+    found: Phases = {}
+    passes, steps = (1, 0) if name in ("rollout", "annotate") else _of_update(parts, name)
+    rest = {"rollout": "prefill", "step": "the rest"}.get(name, name)
+    found[rest] = Work(products.outside, passes, 0.0, steps)
+    if products.turns and isinstance(arguments[1], Prompts):
+        n, width = arguments[1].tokens.shape
+        rows, columns = n * parts.experiment.group_size, width + products.turns + 1
+        c = parts.model.config
+        row = 2 * c.layers * columns * c.kv_heads * c.head_width * jnp.dtype(c.dtype).itemsize
+        found["decode"] = Work(products.inside, products.turns, float(products.turns * rows * row))
+    return found
+
+
+def _of_update(parts: Any, name: str) -> tuple[float, int]:
+    """Passes through the weights, and the optimizer's steps, of a program that learns."""
+    experiment = parts.experiment
+    rounds = hasattr(experiment, "num_rounds")  # whose programs learn from one minibatch
+    minibatches, epochs = (1, 1) if rounds else (experiment.minibatches, experiment.epochs)
+    rows = getattr(experiment, "rows_per_step", 0) or experiment.prompts_per_step * experiment.group_size
+    each = experiment.micro_batch_rows or rows // minibatches
+    return 3.0 * epochs * (rows // each) + (name == "step"), epochs * minibatches
