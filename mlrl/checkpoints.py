@@ -22,6 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
+from mlrl import processes
 from mlrl.folders import claim_run_folder, config_differences, require_writable
 from mlrl.models import lora
 from mlrl.types import Refused, TrainState
@@ -134,6 +135,7 @@ def restore(manager: Manager, template: TrainState, *, step: int = -1) -> TrainS
         raise Refused(f"{manager.folder} holds no step {step}: it has {', '.join(map(str, sorted(known)))}")
     candidates = known if step < 0 else [step]
     for candidate in candidates:
+        reason = ""
         try:
             saved = manager.orbax.restore(candidate, args=ocp.args.Composite(**{_LEAVES: ocp.args.JsonRestore()}))
             leaves = saved[_LEAVES]["leaves"]
@@ -141,11 +143,13 @@ def restore(manager: Manager, template: TrainState, *, step: int = -1) -> TrainS
             args = ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(template)})
             state = manager.orbax.restore(candidate, args=args)[_STATE]
             _require_checksums(leaves, state)
-            return state
         except Refused:
             raise
         except Exception as error:  # orbax and tensorstore raise every kind for a damaged file
             reason = str(error).split("\n")[0].split(" See full")[0][:150] or type(error).__name__
+        reason = next(filter(None, processes.exchanged(reason)), "")  # all restore the same step
+        if not reason:
+            return state
         _forget_failed_reads()
         _log.warning("checkpoint %s/%d is damaged and passed over: %s", manager.folder, candidate, reason)
         _set_aside(manager, candidate)
@@ -321,14 +325,18 @@ def _forget_failed_reads() -> None:
 
 
 def _set_aside(manager: Manager, step: int) -> None:
-    if manager.read_only or jax.process_index() != 0:
+    if manager.read_only:
         return
     source = manager.folder / str(step)
     target = manager.folder.with_name(f"{manager.folder.name}_unreadable")
-    with contextlib.suppress(OSError):
-        target.mkdir(exist_ok=True)
-        free = next(name for i in range(10**6) if not (name := target / f"{step}.{i}").exists())
-        source.rename(free)
+
+    def move() -> None:
+        with contextlib.suppress(OSError):
+            target.mkdir(exist_ok=True)
+            free = next(name for i in range(10**6) if not (name := target / f"{step}.{i}").exists())
+            source.rename(free)
+
+    processes.by_first(move)
     manager.orbax.reload()
 
 

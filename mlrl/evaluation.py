@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from mlrl import metrics, prompts
+from mlrl import metrics, processes, prompts
 from mlrl.models.transformer import Config, Transformer
 from mlrl.rewards.lifting import lift
 from mlrl.sampling import GREEDY, Sampling
@@ -140,9 +140,9 @@ def _measure(evaluation: Evaluation, model: Transformer, rollout_fn: RolloutFn) 
         """(right [N,k] as 0 or 1, NaN where unscored; answers [N,k])."""
         rows = prompts.repeat(batch, group_size)
         if not reward.in_graph:
-            rollout, rows = jax.device_get((rollout, rows))
+            rollout, rows = processes.on_host((rollout, rows))
         rewards, _ = reward.update(reward.init(), rollout, rows, task, _no_models(task))
-        rewards, rollout = jax.device_get((rewards, rollout))
+        rewards, rollout = processes.on_host((rewards, rollout))
         correct = np.where(rewards.scored, rewards.outcome > 0.5, np.nan)
         answers = [evaluation.answer(text) for text in completions(rollout, task)]
         return correct.reshape(-1, group_size), np.asarray(answers, object).reshape(-1, group_size)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlrl import metrics, scoring, stored
+from mlrl import metrics, processes, scoring, stored
 from mlrl.evaluation import Measured, Results, due, interval
 from mlrl.losses.preference import implicit_reward
 from mlrl.types import Array, Batch, Params, Refused, Scores, Task, require_whole
@@ -102,7 +102,7 @@ class StoredEvaluation:
             return self.judge_fn(scoring.score(models.model, params, batch.rollout), batch, labels, each)
 
         return lambda params, reference: {
-            self.task.name: statistics(*jax.device_get(judged(params, reference, batch, labels)))
+            self.task.name: statistics(*processes.on_host(judged(params, reference, batch, labels)))
         }
 
 

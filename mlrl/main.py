@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+TERMINATED = 143  # as of a process that SIGTERM ended, so that whoever started the run starts it again
 PACKAGE = pathlib.Path(__file__).resolve().parent
 
 
@@ -30,8 +31,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             raise
-        print(f"mlrl: {_one_line(error)}", file=sys.stderr)
-        return 2
+        print(f"mlrl: {_one_line(error)}", file=sys.stderr, flush=True)
+        if type(error).__name__ not in ("Stopped", "Preempted"):
+            _leave_others()
+        return TERMINATED if type(error).__name__ == "Preempted" else 2
+
+
+def _leave_others() -> None:
+    """Ends this process at once if it is one of several: the others may be gone or stuck, and are not waited for."""
+    jax = sys.modules.get("jax")
+    if jax and jax.distributed.is_initialized() and jax.process_count() > 1:
+        os._exit(2)
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
@@ -81,6 +91,9 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
 
 
 def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from mlrl import processes
+
+    processes.join()
     folder = arguments.run_dir or f"runs/{pathlib.Path(arguments.experiment).stem}"
     experiment, config = load(arguments.experiment, overrides)
     from mlrl import folders, runs
@@ -89,11 +102,15 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     loop, parts = _prepared(experiment)
     if hasattr(parts, "reward"):
         checks.rewards_are_finite(parts.reward, experiment.task)
-    folders.claim_run_folder(folder, config, may_differ=("num_steps", "num_rounds"))
-    pathlib.Path(folder, "operative_config.gin").write_text(_operative_config())
+
+    def claim() -> None:
+        folders.claim_run_folder(folder, config, may_differ=("num_steps", "num_rounds"))
+        pathlib.Path(folder, "operative_config.gin").write_text(_operative_config())
+
+    processes.by_first(claim)
     with runs.Run(folder, experiment.recording) as run:
         loop.train(experiment, run)
-    if arguments.report:
+    if arguments.report and processes.is_first():
         from mlrl import report
 
         page = report.write_report([folder], pathlib.Path(folder, "report.html"))
@@ -221,7 +238,7 @@ def _one_line(error: Exception) -> str:
     text = "; ".join(line for line in lines if not line.startswith(("No values supplied", "Gin had values bound")))
     from mlrl.types import Refused
 
-    if isinstance(error, Refused) or type(error).__name__ in ("Stopped", "UnknownConfigurable"):
+    if isinstance(error, Refused) or type(error).__name__ in ("Stopped", "Preempted", "UnknownConfigurable"):
         return text
     return f"{type(error).__name__}: {text or 'no message'} (--debug shows the trace)"
 

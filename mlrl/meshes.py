@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -151,7 +152,12 @@ def placed(params: Params) -> Params:
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return jax.tree.map(jnp.array, params)
-    return jax.device_put(params, parameter_shardings(params, mesh), may_alias=False)
+    shardings = parameter_shardings(params, mesh)
+    if jax.process_count() > 1:  # each process has all of what is on a host, and no other process has to be told
+        cut = lambda x, s: x if isinstance(x, jax.Array) and not x.is_fully_addressable else (  # noqa: E731
+            jax.make_array_from_callback(x.shape, s, lambda index: np.asarray(x)[index]))  # fmt: skip
+        params = jax.tree.map(cut, params, shardings)
+    return jax.device_put(params, shardings, may_alias=False)
 
 
 def mover(here: Any, there: Any) -> Callable[[Any], Any]:
@@ -185,6 +191,18 @@ def _finest(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
                 parts[i] += (name,)
                 break
     return NamedSharding(mesh, PartitionSpec(*parts))
+
+
+def rows_from_host(rows: Any) -> Any:
+    """Rows that every process has on its host, on the current mesh; each process hands over those of its own devices.
+
+    The identity in one process, where a program takes them as they are.
+    """
+    if jax.process_count() == 1:
+        return rows
+    place = lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])  # noqa: E731
+    rows = jax.tree.map(np.asarray, rows)
+    return jax.tree.map(place, rows, row_shardings(rows, jax.sharding.get_mesh()))
 
 
 def split(x: Array, *axes: str) -> Array:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mlrl import checkpoints, folders, meshes, monitoring, writers
+from mlrl import checkpoints, folders, meshes, monitoring, processes, writers
 from mlrl.evaluation import Evaluator, Results, evaluator
 from mlrl.models import lora
 from mlrl.types import Batch, Metrics, Refused, Task, TrainState, require_whole
@@ -58,8 +58,15 @@ class Stopped(RuntimeError):
     """A run that cannot go on, in one line that says why and what was kept."""
 
 
+class Preempted(Stopped):
+    """A run that was told to end (SIGTERM): it saved, and goes on when it is started again."""
+
+
 class Run:
-    """One run's folder while a loop works in it: restores, logs, evaluates and saves."""
+    """One run's folder while a loop works in it: restores, logs, evaluates and saves.
+
+    In a run of several processes each has one; the first one writes the logs.
+    """
 
     def __init__(self, folder: str | pathlib.Path, recording: Recording, *, title: str = "train"):
         self.folder = pathlib.Path(folder)
@@ -75,14 +82,18 @@ class Run:
         self._rehearsed: dict[str, float] = {}
         self._steps, self._rehearsal_compiled = 0, False
         self._state: TrainState | None = None
-        self._closers = contextlib.ExitStack()
+        self._closers, self._preemption = contextlib.ExitStack(), processes.Preemption()
 
     def __enter__(self) -> Run:
-        self._closers.callback(checkpoints.close, self._checkpoints)
+        self._closers.enter_context(self._preemption)
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         with self._closers:
+            # Several processes save together, and wait for each other; they cannot, if one of them failed alone.
+            if jax.process_count() > 1 and kind is not None and not isinstance(error, Stopped):
+                return
+            self._closers.callback(checkpoints.close, self._checkpoints)
             leaves = jax.tree.leaves(self._state)
             if kind is not None and leaves and not any(x.is_deleted() for x in leaves if hasattr(x, "is_deleted")):
                 self.save(self._state)  # what stopped the run must not cost the steps since the last save
@@ -165,6 +176,9 @@ class Run:
             self._writers.write_samples(sample_rows(batch, self._task, step, every.samples_rows))
         if last or (every.save_every_steps and step % every.save_every_steps == 0):
             self.save(state, results)
+        if step < self._num_steps and self._preemption.came(step):
+            raise Preempted(f"told to end after step {step}, which is saved in {self.folder}: the same command goes on "
+                            "from there")  # fmt: skip
         self._clock = time.perf_counter()
         return results
 
@@ -187,13 +201,15 @@ class Run:
         if not self._evaluate.due(step, self._num_steps):
             return {}
         results = self._evaluate(lora.policy(state), step, self._num_steps, lora.reference(state))
-        write_results(self.folder, step, results)
+        if processes.is_first():
+            write_results(self.folder, step, results)
         return results
 
     def _stop(self, step: int, batch: Batch, count: int) -> None:
         dump = self.folder / f"bad_batch_{step}.npz"
-        leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(batch))
-        np.savez(dump, **{jax.tree_util.keystr(path).strip("."): leaf for path, leaf in leaves})
+        leaves = jax.tree_util.tree_leaves_with_path(processes.on_host(batch))
+        if processes.is_first():
+            np.savez(dump, **{jax.tree_util.keystr(path).strip("."): leaf for path, leaf in leaves})
         raise Stopped(
             f"the loss or its gradient was not finite in {count} updates in a row, up to step {step}: the batch is in "
             f"{dump}, the parameters of the last good update are in {self.folder / 'checkpoints'}/{step}"
@@ -206,7 +222,7 @@ def _flat(results: Results) -> dict[str, float]:
 
 def sample_rows(batch: Batch, task: Task, step: int, rows: int) -> list[dict[str, Any]]:
     """Rows from all over a step as plain Python: what the model saw, said and earned, token by token."""
-    batch, total = jax.device_get(batch), batch.mask.shape[0]
+    batch, total = processes.on_host(batch), batch.mask.shape[0]
     chosen = np.arange(min(rows, total)) * total // max(1, min(rows, total))  # spread over the groups
     batch = jax.tree.map(operator.itemgetter(chosen), batch)
     samples = []

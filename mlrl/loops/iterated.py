@@ -11,7 +11,18 @@ import jax
 import numpy as np
 import optax
 
-from mlrl import advantages, controllers, curricula, meshes, optimizers, reductions, runs, scoring, selection
+from mlrl import (
+    advantages,
+    controllers,
+    curricula,
+    meshes,
+    optimizers,
+    processes,
+    reductions,
+    runs,
+    scoring,
+    selection,
+)
 from mlrl import prompts as prompts_lib
 from mlrl.batches import unannotated
 from mlrl.controllers import Controlled
@@ -137,7 +148,7 @@ def round_function(parts: Parts, run: runs.Run) -> Callable[[TrainState], tuple[
     def play(state: TrainState) -> tuple[TrainState, Metrics, Batch]:
         fresh = begin(state)
         prompts, rows, reward_state = collect(state.replace(reference=fresh.reference))
-        credit, returns, keep, metrics = jax.device_get(choose_(state.controllers, rows))
+        credit, returns, keep, metrics = processes.on_host(choose_(state.controllers, rows))
         rows = rows.replace(advantages=credit, returns=returns, mask=rows.mask & keep[:, None])
         metrics |= pool.selection_metrics(rows, keep, experiment.group_size)
         with run.phase("update"):
@@ -199,7 +210,7 @@ def fit(parts: Parts, learn_: Callable, state: TrainState, rows: Batch,
     for key in keys:
         order = np.asarray(jax.random.permutation(key, len(keep) // parts.unit))
         for batch in pool.batches(rows, keep, order, rows=parts.experiment.rows_per_step, unit=parts.unit):
-            state, metrics = learn_(state, batch)
+            state, metrics = learn_(state, meshes.rows_from_host(batch))
             found.append(metrics)
     found = jax.device_get(found)
     means = {name: np.mean([one[name] for one in found]) for name in (found[0] if found else ())}

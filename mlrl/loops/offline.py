@@ -184,7 +184,8 @@ def row_source(parts: Parts) -> Callable[[TrainState, int], Batch]:
     rows = functools.partial(_rows, parts)
     if parts.experiment.task.in_graph:
         rows = jax.jit(rows)
-    return lambda state, step: rows(state.key, step)
+        return lambda state, step: rows(state.key, step)
+    return lambda state, step: meshes.rows_from_host(rows(state.key, step))
 
 
 def _rows(parts: Parts, key: Array, step: Array | int) -> Batch:

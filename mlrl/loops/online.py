@@ -11,7 +11,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mlrl import advantages, controllers, curricula, meshes, optimizers, reductions, runs, scoring, selection
+from mlrl import (
+    advantages,
+    controllers,
+    curricula,
+    meshes,
+    optimizers,
+    processes,
+    reductions,
+    runs,
+    scoring,
+    selection,
+)
 from mlrl import prompts as prompts_lib
 from mlrl.batches import unannotated
 from mlrl.controllers import Controlled
@@ -184,7 +195,8 @@ def prompt_source(parts: Parts) -> Callable[..., Prompts]:
     if experiment.task.in_graph:
         draw = jax.jit(draw)
     most = experiment.max_attempts
-    return lambda state, step, attempt=0: draw(state.key, step * most + attempt, state.curriculum).check()
+    drawn = lambda state, step, attempt=0: draw(state.key, step * most + attempt, state.curriculum).check()  # noqa: E731
+    return drawn if experiment.task.in_graph else lambda *which: meshes.rows_from_host(drawn(*which))
 
 
 def step_function(parts: Parts, run: runs.Run) -> Callable[[TrainState, Prompts], tuple[TrainState, Metrics, Batch]]:
@@ -209,9 +221,9 @@ def step_function(parts: Parts, run: runs.Run) -> Callable[[TrainState, Prompts]
                 as_in_one = parts.reward.in_graph and number == 0  # the same randomness as in one program
                 rollout = jax.block_until_ready(sample(state, drawn, *(() if as_in_one else (number,))))
             with run.phase("reward"):
-                given = (rollout, drawn) if parts.reward.in_graph else jax.device_get((rollout, drawn))
+                given = (rollout, drawn) if parts.reward.in_graph else processes.on_host((rollout, drawn))
                 rewards, reward_state = judge(state.replace(reward=reward_state), *given)
-            return drawn, rollout, rewards, reward_state
+            return drawn, rollout, meshes.rows_from_host(rewards), reward_state
 
         rows, reward_state, counts = refill.on_host(parts, attempt, state.reward)
         with run.phase("update"):

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mlrl import meshes, runs
+from mlrl import meshes, processes, runs
 from mlrl import prompts as prompts_lib
 from mlrl.batches import unannotated
 from mlrl.loops import stages
@@ -35,15 +35,17 @@ def collector(parts: Any, run: runs.Run,
         asked, answered = [], []
         for chunk in range(chunks):
             prompts = draw(state, int(state.step) * chunks + chunk).check()
+            prompts = prompts if experiment.task.in_graph else meshes.rows_from_host(prompts)
             with run.phase("rollout"):
                 rollout = jax.block_until_ready(sample(state, prompts, chunk))
             with run.phase("reward"):
-                given = (rollout, prompts) if parts.reward.in_graph else jax.device_get((rollout, prompts))
+                given = (rollout, prompts) if parts.reward.in_graph else processes.on_host((rollout, prompts))
                 rewards, reward_state = judge(state, *given)
                 state = state.replace(reward=reward_state)
             with run.phase("annotate"):
-                answered.append(jax.device_get(annotate(state, prompts, rollout, rewards)))
-            asked.append(jax.device_get(prompts))
+                rewards = meshes.rows_from_host(rewards)
+                answered.append(processes.on_host(annotate(state, prompts, rollout, rewards)))
+            asked.append(processes.on_host(prompts))
         return stacked(asked), joined(answered), state.reward
 
     return collect

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from mlrl import processes
 from mlrl.rewards.workers import REASONS, Answer, Call, WorkerPool
 from mlrl.types import Refused, RewardFn, Rewards, Rollout, Vocabulary
 
@@ -73,16 +74,18 @@ def per_completion(
         texts = completion_texts(rollout, task.vocabulary)
         sources, indices = np.asarray(prompts.source), np.asarray(prompts.index)
         examples = [task.example(int(source), int(index)) for source, index in zip(sources, indices)]
-        calls = [
-            Call(row, which, texts[row], examples[row]) for row in range(rows) for which in range(len(names))
-        ]
         limit = int(max_unscored_share * rows + 1e-6)
-        answers = pool.run(calls, max_failed_rows=limit)
+
+        def judged(own: range) -> list[Answer]:
+            calls = [Call(row, which, texts[row], examples[row]) for row in own for which in range(len(names))]
+            return pool.run(calls, max_failed_rows=limit)
+
+        answers = processes.in_shares(rows, judged)
         by_row = [answers[row * len(names) : (row + 1) * len(names)] for row in range(rows)]
         scored = np.array([_row_scored(row) for row in by_row], bool)
         if rows - scored.sum() > limit:
             raise Refused(_too_many(names, by_row, scored, texts, examples, max_unscored_share))
-        for which, answer in ((c.which, a) for c, a in zip(calls, answers)):
+        for which, answer in ((which, a) for row in by_row for which, a in enumerate(row)):
             entries_seen.update(dict.fromkeys(f"{names[which]}/{e}" for e in answer.entries if e != "reward"))
         return _gather(names, by_row, scored, action_mask, tuple(entries_seen)), state
 
