@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from mlrl import meshes
+from mlrl.models import remat
 from mlrl.models.attention import Attention, Cache
 from mlrl.models.mlp import ExpertsMLP, GatedMLP, PlainMLP
 from mlrl.models.projections import Projection, float_dtype
@@ -62,9 +63,20 @@ class Layers(nn.Module):
         (x, caches), written = carry, []
         for j in range(self.count):
             mask = masks[_window(self.config, self.first + j)]
-            x, cache = self._layer(j, x, positions, mask, caches[j] if caches else None, column, period)
-            written.append(cache)
-        return (x, tuple(written) if caches else ()), ()
+            if caches:
+                x, cache = self._layer(j, x, positions, mask, caches[j], column, period)
+                written.append(cache)
+            else:
+                x = self._without_cache(j, bool(period))(self, x, positions, mask)
+        return (x, tuple(written)), ()
+
+    def _without_cache(self, j: int, in_scan: bool) -> remat.Layer:
+        """Layer j as a function of (self, x, positions, mask), with what it keeps as Config.remat has it."""
+        layer = lambda self, x, positions, mask: self._layer(j, x, positions, mask, None, 0, ())[0]  # noqa: E731
+        if self.is_initializing():
+            return layer
+        # In a scan the compiler cannot take what is computed again for what was computed before.
+        return self.config.remat(layer, prevent_cse=not in_scan)
 
     def _layer(self, j: int, x: Array, positions: Array, mask: Array, cache: Cache | None, column: Array | int,
                period: tuple[Array, ...]) -> tuple[Array, Cache | None]:  # fmt: skip
