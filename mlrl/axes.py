@@ -73,13 +73,14 @@ def names_of(path: tuple) -> tuple[str, ...]:
 def axes_of(path: tuple) -> tuple[str, ...]:
     """The logical axes of the parameter at a path."""
     names = names_of(path)
+    stacked = ("",) if "layers" in names[:-1] else ()  # of layers that are scanned: their axis comes first
     kind_of = lambda names: "/".join(re.sub(r"_\d+$", "", name) for name in names[-2:])  # noqa: E731
     kind = kind_of(names)
     if names[-1] in ("int8", "scale") and kind_of(names[:-1]) in PARAMETERS:  # as the kernel that they are a part of
         kind = kind_of(names[:-1])
     if kind not in PARAMETERS and not _WHOLE.fullmatch(kind):
         raise Refused(f"nothing says how the parameter {'/'.join(names)} is split: add {kind!r} to axes.PARAMETERS")
-    return PARAMETERS.get(kind, ())
+    return (*stacked, *PARAMETERS.get(kind, ()))
 
 
 def divided(axis: str, size: int, mesh: Any) -> tuple[str, ...]:

@@ -10,7 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from mlrl.models.attention import Cache
-from mlrl.models.transformer import Transformer, causal_mask, empty_caches, row_positions, widen_caches
+from mlrl.models.transformer import (
+    Transformer,
+    causal_mask,
+    empty_caches,
+    row_positions,
+    rows_of_caches,
+    widen_caches,
+)
 from mlrl.types import Array, Params, Prompts, Rollout, Scores
 
 
@@ -59,7 +66,7 @@ class Prefix(NamedTuple):
     """Prompts that a trunk has read, for the rows that begin with them.
 
     last    [N,D] the hidden state of the last prompt column
-    caches  the prompts' keys and values, a pair a layer; see attention.Cache
+    caches  the prompts' keys and values; see transformer.empty_caches
     """
 
     last: Array
@@ -129,8 +136,8 @@ def shared_prompts() -> Forward:
 
         def states(trunk: Callable) -> Array:
             prefix = prefixes[trunk.__name__]
-            caches = jax.tree.map(lambda x: x[mine], prefix.caches)
-            seen = (tokens, positions, mask, widen_caches(caches, 1, columns), width)
+            caches = widen_caches(rows_of_caches(prefix.caches, mine), 1, columns)
+            seen = (tokens, positions, mask, caches, width)
             before = prefix.last[mine][:, None]
             if not columns:
                 return before

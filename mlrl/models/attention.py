@@ -55,6 +55,19 @@ def within_window(mask: Array, window: int) -> Array:
     return mask & (at_or_behind <= window)
 
 
+def written(cache: Cache, keys: Array, values: Array, column: Array | int, period: tuple[Array, ...] = ()) -> Cache:
+    """The cache with keys [B,K,W,L] and values [B,K,L,W] in its columns from `column` on.
+
+    Args:
+      period: (index,), which of the cache's periods is written, or () if it has no axis of these. Only the new columns
+        are written, so that a scan that carries the whole stack changes it in place and copies no layer.
+    """
+    def write(x: Array, new: Array, *at: Array | int) -> Array:
+        return lax.dynamic_update_slice(x, new.astype(x.dtype).reshape((1,) * len(period) + new.shape), (*period, *at))
+
+    return write(cache[0], keys, 0, 0, 0, column), write(cache[1], values, 0, 0, column, 0)
+
+
 class Attention(nn.Module):
     """One fused projection to queries, keys and values; attention; one projection back.
 
@@ -76,8 +89,9 @@ class Attention(nn.Module):
     project: Callable[..., nn.Module]  # (features, name=, ...) -> a Projection
 
     @nn.compact
-    def __call__(self, x: Array, positions: Array, mask: Array, cache: Cache | None, column: Array | int):
-        """x [B,L,D] -> ([B,L,D], cache). See Transformer.__call__."""
+    def __call__(self, x: Array, positions: Array, mask: Array, cache: Cache | None, column: Array | int,
+                 period: tuple[Array, ...] = ()):  # fmt: skip
+        """x [B,L,D] -> ([B,L,D], cache). See Transformer.__call__, and for `period` `written`."""
         features = (self.kv_heads, self.heads_per_kv + 2, self.head_width)
         qkv = self.project(features, use_bias=self.qkv_bias, name="qkv")(x)
         heads = qkv[:, :, :, :-1]
@@ -89,9 +103,8 @@ class Attention(nn.Module):
         keys = jnp.moveaxis(rotated[:, :, :, -1], 1, 3)  # [B, K, head_width, L]
         values = jnp.swapaxes(qkv[:, :, :, -1], 1, 2)  # [B, K, L, head_width]
         if cache is not None:
-            keys = lax.dynamic_update_slice(cache[0], keys.astype(cache[0].dtype), (0, 0, 0, column))
-            values = lax.dynamic_update_slice(cache[1], values.astype(cache[1].dtype), (0, 0, column, 0))
-            cache = (keys, values)
+            cache = written(cache, keys, values, column, period)
+            keys, values = (lax.dynamic_index_in_dim(x, *period, keepdims=False) if period else x for x in cache)
         mixed = attend(queries, keys, values, mask, scale=self.scale, cap=self.cap)
         init = nn.initializers.variance_scaling(self.out_init_scale, "fan_in", "normal")
         out = self.project(x.shape[-1:], summed=3, use_bias=self.out_bias, kernel_init=init, name="out")

@@ -74,6 +74,8 @@ def merge(params: Params, config: Config) -> tuple[Params, Config]:
             return to_float(tree, jnp.float32)
         if LOW_RANK[0] not in tree:
             return {name: merged(part) for name, part in tree.items()}
+        if jnp.ndim(tree["lora_scale"]):  # of layers that are scanned: one product for each
+            return jax.vmap(merged)(tree)
         a, b = (tree[name] for name in LOW_RANK)
         low_rank = jnp.tensordot(a, b, 1, precision=jax.lax.Precision.HIGHEST)
         kernel = to_float(tree["kernel"], jnp.float32) + tree["lora_scale"] * low_rank

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -13,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax import lax
 
 from mlrl import meshes
-from mlrl.models import families, lora, tensor_files
+from mlrl.models import families, layers, lora, tensor_files
 from mlrl.models.layouts import Path, Tensor, covers
 from mlrl.models.transformer import Config, Transformer
 from mlrl.types import Array, Params, Refused
@@ -29,7 +31,7 @@ def config(path: str, *, base: Config = Config()) -> Config:
     Args:
       path: a folder with a config.json.
       base: gives what no checkpoint holds: value_head, critic_layers, adapters (lora_rank, lora_alpha,
-        lora_kernels), dtype and param_dtype.
+        lora_kernels), scan_layers, remat, dtype and param_dtype.
     Raises: Refused, naming the setting that mlrl does not have, or the field of `base` that the folder decides.
     """
     _, fields = _family(path)
@@ -79,18 +81,51 @@ class Start:
         of_leaf: dict[Path, list[Tensor]] = {}
         for tensor in tensors:
             of_leaf.setdefault(tensor.leaf, []).append(tensor)
-        flat = lora.fresh(model, key, [path for path in kernels if path not in of_leaf])
-        for path, parts in of_leaf.items():
-            like = kernels[path]
-            shape, dtype = (like["int8"].shape, np.float32) if isinstance(like, dict) else (like.shape, like.dtype)
-            assert covers(parts, path, math.prod(shape)), f"the layout leaves a part of {path} unset"
-            leaf = np.empty(shape, dtype)
-            for tensor in parts:
-                view = tensor.view(leaf)
-                view[...] = stored[tensor.name].read().reshape(view.shape)
-            held = meshes.placed(traverse_util.unflatten_dict({path: lora.as_held(leaf, like)}))
-            flat |= traverse_util.flatten_dict(held)
+        there = {leaf: layers.place(model.config, leaf) for leaf in of_leaf}
+        filled = {path for path, _ in there.values()}
+        flat = lora.fresh(model, key, [path for path in kernels if path not in filled])
+        for leaf, parts in of_leaf.items():
+            path, period = there[leaf]
+            like = kernels[path] if period is None else jax.eval_shape(_first, kernels[path])
+            held = meshes.placed(traverse_util.unflatten_dict({leaf: lora.as_held(_read(parts, stored, like), like)}))
+            held = functools.reduce(dict.get, leaf, held)
+            if period is not None:
+                before = flat[path] if path in flat else _empty(path, kernels[path])
+                held = _with_period(path, before, held, period)
+            flat[path] = held
         return traverse_util.unflatten_dict(flat)
+
+
+def _read(parts: list[Tensor], stored: Mapping[str, tensor_files.Stored], like: Any) -> np.ndarray:
+    """A leaf that some tensors fill, in the shape of one of `lora.kernels`; to be made int8 yet, if it is that."""
+    shape, dtype = (like["int8"].shape, np.float32) if isinstance(like, dict) else (like.shape, like.dtype)
+    assert covers(parts, parts[0].leaf, math.prod(shape)), f"the layout leaves a part of {parts[0].leaf} unset"
+    leaf = np.empty(shape, dtype)
+    for tensor in parts:
+        view = tensor.view(leaf)
+        view[...] = stored[tensor.name].read().reshape(view.shape)
+    return leaf
+
+
+def _first(kernel: Any) -> Any:
+    """One period of a stacked kernel."""
+    return jax.tree.map(lambda x: x[0], kernel)
+
+
+def _empty(path: Path, kernel: Any) -> Any:
+    """Zeros of a stacked kernel's shape; on a mesh each device makes only what it holds."""
+    return jax.jit(lambda: _split(path, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kernel)))()
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _with_period(path: Path, kernel: Any, part: Any, period: Array | int) -> Any:
+    """A stacked kernel with one of its periods, in its own memory."""
+    return _split(path, jax.tree.map(lambda x, new: x.at[period].set(new), kernel, part))
+
+
+def _split(path: Path, kernel: Any) -> Any:
+    """Asks, inside jit, that a kernel be split over the mesh as the parameter at `path`."""
+    return functools.reduce(dict.get, path, meshes.split_parameters(traverse_util.unflatten_dict({path: kernel})))
 
 
 def _shown(config: Config, field: str) -> str:
@@ -123,7 +158,9 @@ def write(folder: str | pathlib.Path, params: Params, config: Config, *, more: M
         if leaf not in held:
             if any(other[:-1] != leaf[:-1] for other in held):  # one module at a time is on the host
                 held.clear()
-            held[leaf] = np.asarray(jax.device_get(flat[leaf]))
+            path, period = layers.place(config, leaf)
+            part = flat[path] if period is None else lax.dynamic_index_in_dim(flat[path], period, keepdims=False)
+            held[leaf] = np.asarray(jax.device_get(part))
         return tensors[name].view(held[leaf]).reshape(tensors[name].shape)
 
     shapes = {name: tensor.shape for name, tensor in tensors.items()}

@@ -6,18 +6,18 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from mlrl import meshes
-from mlrl.models.attention import Attention, Cache, soft_cap, within_window
-from mlrl.models.mlp import ExpertsMLP, GatedMLP, PlainMLP
+from mlrl.models import remat
+from mlrl.models.attention import Cache, soft_cap, within_window
+from mlrl.models.layers import Layers, scanned, stream
 from mlrl.models.norms import RMSNorm
-from mlrl.models.projections import Projection, float_dtype
-from mlrl.models.rope import Scaling, rotary, unrotated, unscaled
+from mlrl.models.projections import float_dtype
+from mlrl.models.rope import Scaling, unscaled
 from mlrl.types import Array, Params, Refused, require_whole
 
 
@@ -51,6 +51,9 @@ class Config:
     lora_rank          rank of adapters; only they are trained, and a value head or critic; 0: everything is trained
     lora_alpha         their scale times lora_rank
     lora_kernels       which kernels have one, of `kernels`; (): all of these
+    scan_layers        one program is run in turn over the layers, so that a deep model compiles as fast as a shallow
+                       one. Their parameters and caches are stacked; see `scanned` and mlrl.models.layers
+    remat              what a layer keeps for the backward pass, where it has no cache; see mlrl.models.remat
     dtype              of activations and matrix products; log-softmax and normalization are always fp32
     param_dtype        of parameters: float32, bfloat16, or int8 for kernels that are frozen, beside bfloat16 for the
                        rest. Under adapters it is that of what is frozen, and what is trained is fp32
@@ -90,6 +93,8 @@ class Config:
     lora_rank: int = 0
     lora_alpha: float = 32.0
     lora_kernels: tuple[str, ...] = ()
+    scan_layers: bool = False
+    remat: Callable[..., remat.Layer] = remat.none
     dtype: str = "float32"
     param_dtype: str = "float32"
 
@@ -117,6 +122,8 @@ class Config:
         if self.head_width % 2 and not self.learned_positions:
             raise Refused(f"Config.head_width must be even for rotary positions, got {self.head_width}")
         self._check_adapters()
+        if not isinstance(self.scan_layers, bool):
+            raise Refused(f"Config.scan_layers must be True or False, got {self.scan_layers!r}")
         if self.dtype not in ("float32", "bfloat16"):
             raise Refused(f"Config.dtype must be 'float32' or 'bfloat16', got {self.dtype!r}")
         if self.param_dtype not in ("float32", "bfloat16", "int8"):
@@ -142,6 +149,18 @@ class Config:
         mlp = () if self.experts else ("gate_up", "down") if self.gated_mlp else ("up", "down")
         return ("qkv", "out", *mlp)
 
+    @property
+    def scanned(self) -> tuple[int, int]:
+        """(periods, layers in each) that are scanned; (0, 0) if none are.
+
+        A period is the shortest run of layers that the following ones repeat, with their windows. Layers after the last
+        whole period are not scanned, nor is any where there is only one period.
+        """
+        windows = [self.windows[i % len(self.windows)] for i in range(self.layers)]
+        period = next(n for n in range(1, self.layers + 1) if windows[n:] == windows[:-n])
+        periods = self.layers // period
+        return (periods, period) if self.scan_layers and periods > 1 else (0, 0)
+
 
 class Transformer(nn.Module):
     """Pre-norm decoder: grouped-query attention, MLP, tied or untied head; what else there is, Config says."""
@@ -151,29 +170,18 @@ class Transformer(nn.Module):
     def setup(self):
         c = self.config
         dtypes = {"dtype": jnp.dtype(c.dtype), "param_dtype": float_dtype(c.param_dtype)}
-        project = functools.partial(_projection, c)
-        # Residual branches start small, so that the depth does not blow up the residual stream (GPT-2).
-        small = 1.0 / (2 * c.layers)
         norm = functools.partial(c.norm, c.norm_eps, dtypes["param_dtype"])
         self.embedding = nn.Embed(c.vocabulary_size, c.width, embedding_init=nn.initializers.normal(0.02), **dtypes)
         if c.learned_positions:
             self.positions = nn.Embed(c.learned_positions, c.width, embedding_init=nn.initializers.normal(0.02),
                                       **dtypes)  # fmt: skip
-        self.attention_norms = [norm() for _ in range(c.layers)]
-        self.attentions = [
-            Attention(
-                kv_heads=c.kv_heads, heads_per_kv=c.heads // c.kv_heads, head_width=c.head_width,
-                rotate=_rotation(c, i), norm=norm, qk_norm=c.qk_norm, qkv_bias=c.qkv_bias, out_bias=c.out_bias,
-                scale=(c.scale_width or c.head_width) ** -0.5, cap=c.attention_cap, out_init_scale=small,
-                project=project,
-            )
-            for i in range(c.layers)
-        ]  # fmt: skip
-        self.mlp_norms = [norm() for _ in range(c.layers)]
-        self.mlps = [_mlp(c, small, project) for _ in range(c.layers)]
-        if c.post_norms:
-            self.attention_post_norms = [norm() for _ in range(c.layers)]
-            self.mlp_post_norms = [norm() for _ in range(c.layers)]
+        periods, period = c.scanned
+        if periods:
+            self.layers = scanned(periods)(c, 0, period)
+        if periods * period < c.layers:
+            self.rest = Layers(c, periods * period, c.layers - periods * period)
+            if not periods:
+                nn.share_scope(self, self.rest)  # a model that is not scanned has its layers' parameters at the top
         self.final_norm = norm()
         if not c.tied_head:
             self.head = nn.Dense(c.vocabulary_size, use_bias=False, **dtypes)
@@ -191,25 +199,21 @@ class Transformer(nn.Module):
           tokens: [B,L] int32.
           positions: [B,L] int32, the rotary position of each token.
           mask: [B,L,M] bool, True where token l may look at column m. Without caches M = L.
-          caches: one (keys, values) pair a layer from `empty_caches`, or () for none.
+          caches: from `empty_caches`, or () for none.
           column: the cache column where the first of the L tokens is written.
         Returns: hidden states after the final norm [B,L,D], and the caches with the new columns written.
         """
         c = self.config
         x = self._embedded(tokens, positions, mask.shape[-1])
         masks = {window: within_window(mask, window) for window in set(c.windows)}
-        # Without these, a compiler may well split the stream along the width, as the kernels are, and move it about.
-        stream = lambda x: meshes.split(x, "rows", "columns")  # noqa: E731
-        x, written = stream(x), []
-        for i in range(c.layers):
-            cache = caches[i] if caches else None
-            seen = masks[c.windows[i % len(c.windows)]]
-            mixed, cache = self.attentions[i](self.attention_norms[i](x), positions, seen, cache, column)
-            x = stream(x + (self.attention_post_norms[i](mixed) if c.post_norms else mixed))
-            mixed = self.mlps[i](self.mlp_norms[i](x))
-            x = stream(x + (self.mlp_post_norms[i](mixed) if c.post_norms else mixed))
-            written.append(cache)
-        return self.final_norm(x), tuple(written) if caches else ()
+        x, written = stream(x), ()
+        periods, period = c.scanned
+        if periods:
+            (x, written), _ = self.layers((x, caches[:period]), (jnp.arange(periods),), positions, masks, column)
+        if periods * period < c.layers:
+            (x, more), _ = self.rest((x, caches[period:]), (), positions, masks, column)
+            written += more
+        return self.final_norm(x), written
 
     def _embedded(self, tokens: Array, positions: Array, columns: int) -> Array:
         """Tokens [B,L], and their positions where these are learned, as vectors [B,L,D]."""
@@ -251,30 +255,6 @@ class Transformer(nn.Module):
         return self.logits(hidden), self.values(seen) if self.config.value_head else ()
 
 
-def _projection(c: Config, features: tuple[int, ...], *, name: str, **given: Any) -> Projection:
-    """A kernel by its name in Config.kernels, with an adapter if it is to have one."""
-    rank = c.lora_rank if name in (c.lora_kernels or c.kernels) else 0
-    return Projection(features, jnp.dtype(c.dtype), jnp.dtype(c.param_dtype), rank=rank, alpha=c.lora_alpha, name=name,
-                      **given)  # fmt: skip
-
-
-def _mlp(c: Config, out_init_scale: float, project: Callable[..., nn.Module]) -> nn.Module:
-    """A layer's MLP: of experts, gated, or plain."""
-    if c.experts:
-        return ExpertsMLP(c.mlp_width, c.experts, c.experts_per_token, c.experts_renormalized, c.activation,
-                          out_init_scale, jnp.dtype(c.dtype), jnp.dtype(c.param_dtype))  # fmt: skip
-    return (GatedMLP if c.gated_mlp else PlainMLP)(c.mlp_width, c.activation, c.mlp_bias, out_init_scale, project)
-
-
-def _rotation(config: Config, layer: int) -> Callable[[Array, Array], Array]:
-    """How a layer rotates queries and keys: (x, positions) -> x."""
-    if config.learned_positions:
-        return unrotated
-    if config.windows[layer % len(config.windows)] and config.window_rope_theta:
-        return functools.partial(rotary, theta=config.window_rope_theta)
-    return functools.partial(rotary, theta=config.rope_theta, scaling=config.rope_scaling)
-
-
 def initialize(model: Transformer, key: Array) -> Params:
     """Random parameters of `model`: normal(0.02) embedding, fan-in scaled kernels, residual branches divided by
     2 * layers in variance, value head zero. With a critic, the policy's are those it has without one. On a mesh each
@@ -310,19 +290,35 @@ def plain(config: Config) -> Config:
 
 
 def empty_caches(config: Config, rows: int, columns: int) -> tuple[Cache, ...]:
-    """Zeroed caches for `rows` rows of `columns` columns, a (keys, values) pair a layer; see attention.Cache."""
+    """Zeroed caches for `rows` rows of `columns` columns, a (keys, values) pair a layer; see attention.Cache.
+
+    Where layers are scanned, there is a pair for each layer of a period, with a leading axis of periods, and after them
+    one for each layer that is not scanned. Rows are the fourth axis from the last in all of them.
+    """
     keys = jnp.zeros((rows, config.kv_heads, config.head_width, columns), jnp.dtype(config.dtype))
-    split = lambda x: meshes.split(x, "rows", "kv_heads")  # noqa: E731
-    return tuple((split(keys), split(jnp.swapaxes(keys, 2, 3))) for _ in range(config.layers))
+    periods, period = config.scanned
+    stacked = jnp.zeros((periods, *keys.shape), keys.dtype)
+    pair = lambda keys: (_split_cache(keys), _split_cache(jnp.swapaxes(keys, -2, -1)))  # noqa: E731
+    rest = config.layers - periods * period
+    return tuple(pair(keys) for keys in [stacked] * period + [keys] * rest)
 
 
 def widen_caches(caches: tuple[Cache, ...], rows_each: int, more_columns: int) -> tuple[Cache, ...]:
     """Repeats every row `rows_each` times and appends `more_columns` empty columns."""
     def widen(x: Array, axis: int) -> Array:
-        padding = [(0, more_columns if i == axis else 0) for i in range(4)]
-        return meshes.split(jnp.pad(jnp.repeat(x, rows_each, axis=0), padding), "rows", "kv_heads")
+        padding = [(0, more_columns if i == x.ndim + axis else 0) for i in range(x.ndim)]
+        return _split_cache(jnp.pad(jnp.repeat(x, rows_each, axis=-4), padding))
 
-    return tuple((widen(keys, 3), widen(values, 2)) for keys, values in caches)
+    return tuple((widen(keys, -1), widen(values, -2)) for keys, values in caches)
+
+
+def rows_of_caches(caches: tuple[Cache, ...], rows: Array) -> tuple[Cache, ...]:
+    """The caches of some rows, in the order of these; rows [B] int32."""
+    return jax.tree.map(lambda x: x[..., rows, :, :, :], caches)
+
+
+def _split_cache(x: Array) -> Array:
+    return meshes.split(x, *[""] * (x.ndim - 4), "rows", "kv_heads")
 
 
 def row_positions(valid: Array) -> Array:
