@@ -109,8 +109,12 @@ def gradients(params: Params, batch: Batch, *, score_fn: ScoreFn, losses: Sequen
         batch = _in_order(batch, jnp.argsort(longest), unit_rows)
     pieces = _split(batch, rows // micro_batch_rows)
     shape = jax.eval_shape(grad_fn, jax.tree.map(lambda x: x[0], pieces))
+
+    def add(total: Any, piece: Batch) -> tuple[Any, None]:
+        grads, metrics = jax.tree.map(jnp.add, total, grad_fn(meshes.split_rows(piece)))
+        return ((meshes.split_parameters(grads[0]), grads[1]), metrics), None  # or each device may sum the whole model's
+
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
-    add = lambda total, piece: (jax.tree.map(jnp.add, total, grad_fn(meshes.split_rows(piece))), None)  # noqa: E731
     grads, metrics = jax.lax.scan(add, zeros, pieces)[0]
     return both(grads), metrics
 
