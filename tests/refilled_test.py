@@ -75,21 +75,21 @@ def test_greedy_and_filtered_rows(sampling):
                      sample(generate, sampling=sampling))  # fmt: skip
 
 
-@pytest.mark.parametrize("changes", [
-    dict(windows=(3, 0)),
-    dict(learned_positions=P + T, norm=LayerNorm, gated_mlp=False, mlp_bias=True),
-    dict(experts=2, experts_per_token=1),
+@pytest.mark.parametrize("changes, eos_ids", [
+    (dict(windows=(3, 0)), (5, 9, 11)),
+    (dict(learned_positions=P + T, norm=LayerNorm, gated_mlp=False, mlp_bias=True), NEVER),
+    (dict(experts=2, experts_per_token=1), (5, 9, 11)),
 ])  # fmt: skip
-def test_models_of_other_kinds(changes):
+def test_models_of_other_kinds(changes, eos_ids):
     """A window counts back in time, whatever the order of the ring; a table of positions has no row to spare."""
     config = dataclasses.replace(CONFIG, **changes)
-    given = dict(config=config, weights=params_of(config))
+    given = dict(config=config, weights=params_of(config), eos_ids=eos_ids)
     wanted = sample(generate, **given)
     assert not np.isnan(wanted.behavior_log_probs).any()
     for k in (1, 4):
         assert_same_rows(sample(refilled, slots=4, check_every_steps=k, **given), wanted)
     if "windows" in changes:
-        plain = sample(generate, weights=given["weights"])
+        plain = sample(generate, **given | dict(config=CONFIG))
         assert (np.asarray(plain.tokens) != np.asarray(wanted.tokens)).any(), "the window makes no difference"
 
 
