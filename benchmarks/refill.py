@@ -3,7 +3,6 @@
     python -m benchmarks.refill        writes REFILL.md beside this file
 """
 
-import functools
 import json
 import pathlib
 from unittest import mock
@@ -58,6 +57,20 @@ def of_lengths(lengths):
     return made
 
 
+def static_steps(lengths, slots):
+    """Decode steps of batches of `slots` rows; the first token of a row comes with its prompt."""
+    return sum(max(lengths[i : i + slots]) - 1 for i in range(0, len(lengths), slots))
+
+
+def refilled_steps(lengths, slots, k):
+    """Decode steps of `refilled`, by its schedule: after every k, free slots take the next rows in order."""
+    left, waiting, steps = np.zeros(slots, int), list(lengths), 0
+    while waiting or left.any():
+        left = np.asarray([rest or (waiting.pop(0) if waiting else 0) for rest in left])
+        left, steps = np.maximum(left - k, 0), steps + k
+    return steps
+
+
 def seconds(lengths, group_size, columns):
     """Seconds of each repeat of both sides; both must make rows of the lengths that are asked for."""
     model, n = Transformer(CONFIG), lengths.size // group_size
@@ -73,15 +86,16 @@ def seconds(lengths, group_size, columns):
 
         return jax.jit(run)
 
-    each, whole = SLOTS // group_size, jnp.asarray(lengths)
     static, slots = program(generation.generate), program(refilled, slots=SLOTS, check_every_steps=CHECK_EVERY_STEPS)
+    whole = jnp.asarray(lengths)
+
+    def batch(first_row, key):
+        first = first_row // group_size
+        some = jax.tree.map(lambda x: x[first : first + SLOTS // group_size], prompts)
+        return static(some, whole[first_row : first_row + SLOTS], key)
 
     def batches(repeat):
-        key = jax.random.key(repeat)
-        return [
-            static(jax.tree.map(lambda x: x[i : i + each], prompts), whole[i * group_size :][:SLOTS], key)
-            for i in range(0, n, each)
-        ]
+        return [batch(row, jax.random.key(repeat)) for row in range(0, lengths.size, SLOTS)]
 
     sides = {"baseline": batches, "mlrl": lambda repeat: [slots(prompts, whole, jax.random.key(repeat))]}
     for run in sides.values():
@@ -93,25 +107,30 @@ def main():
     on = machine()
     lines = [
         "# Refilled slots beside static batches (made by `python -m benchmarks.refill`)", "",
-        f"Rows of given lengths, after prompts of {PROMPT_TOKENS} tokens, d128 x 2, fp32, prefill included. Static: batches of",
-        f"{SLOTS} rows, one after the other, each until its longest row ends. Refilled: {SLOTS} slots, k = {CHECK_EVERY_STEPS}. Medians of {REPEATS}",
-        f"turns of useful tokens per second; the ratio, with its least and largest, is of one turn's; the goal is {GOAL}.", "",
-        f"{on['device']}, {on['processor']}, {on['cores']} cores, load {on['load_before']:.1f} before (others were at work); "
+        f"Rows of given lengths after prompts of {PROMPT_TOKENS} tokens, d128 x 2, fp32, prefill included. Static:",
+        f"batches of {SLOTS} rows, one after the other, each until its longest row ends. Refilled: {SLOTS} slots,",
+        f"k = {CHECK_EVERY_STEPS}. Useful tokens per second, medians of {REPEATS} turns. The ratio, with its least and",
+        f"largest, is of one turn; the goal is {GOAL}. Steps: how often the model decodes, static and refilled, and so",
+        "the ratio if nothing else took time.", "",
+        f"{on['device']}, {on['processor']}, {on['cores']} cores, load {on['load_before']:.1f} before; "
         f"Python {on['python']}, jax {on['jax']}.", "",
-        "| lengths | rows (groups of) | mean, median, longest | columns | static | refilled | ratio (range) |",
-        "|---|---|---|---|---|---|---|",
+        "| lengths | rows (groups of) | mean, median, longest | columns | static | refilled | ratio (range) | steps |",
+        "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name, (lengths, group_size, columns) in CASES.items():
         found = {side: np.asarray(times) for side, times in seconds(lengths, group_size, columns).items()}
         ratios = found["baseline"] / found["mlrl"]
         static, slots = (lengths.sum() / np.median(found[side]) for side in ("baseline", "mlrl"))
-        lines.append(
-            f"| {name} | {lengths.size} ({group_size}) | {lengths.mean():.0f}, {np.median(lengths):.0f}, {lengths.max()} | "
-            f"{columns} | {static:,.0f} | {slots:,.0f} | {np.median(ratios):.2f} ({ratios.min():.2f}-{ratios.max():.2f}) |"
-        )
+        shape = f"{lengths.mean():.0f}, {np.median(lengths):.0f}, {lengths.max()} | {columns}"
+        ratio = f"{np.median(ratios):.2f} ({ratios.min():.2f}-{ratios.max():.2f})"
+        few, many = refilled_steps(lengths, SLOTS, CHECK_EVERY_STEPS), static_steps(lengths, SLOTS)
+        lines.append(f"| {name} | {lengths.size} ({group_size}) | {shape} | {static:,.0f} | {slots:,.0f} | {ratio} | "
+                     f"{many} / {few} = {many / few:.2f} |")  # fmt: skip
         print(lines[-1], flush=True)
-    lines += ["", "The recorded lengths are those of solutions to GSM8K's problems that 6B and 175B models sampled (Cobbe et",
-              "al. 2021), in tokens of GPT-2: `recorded_lengths.json`."]  # fmt: skip
+    lines += [
+        "", "The recorded lengths are those of solutions to GSM8K's problems that 6B and 175B models sampled (Cobbe et",
+        "al. 2021), in tokens of GPT-2: `recorded_lengths.json`.",
+    ]  # fmt: skip
     HERE.joinpath("REFILL.md").write_text("\n".join(lines) + "\n")
 
 

@@ -30,7 +30,7 @@ def refilled(
     sampling: Sampling = Sampling(),
     policy_version: Array | int = 0,
     slots: int = 64,
-    check_every_steps: int = 16,
+    check_every_steps: int = 8,
 ) -> Rollout:
     """Samples what `generation.generate` samples, with at most `slots` rows in decoding: continuous batching.
 
@@ -150,9 +150,11 @@ def _enter(held: Slots, waiting: Array, rows: int, group_size: int, store: Prefi
     free = ~held.live
     row = jnp.where(free, waiting + jnp.cumsum(free, dtype=jnp.int32) - 1, held.row)
     prompt = jnp.minimum(row, rows - 1) // group_size
-    # Those of slots that are not free are what they were. To copy them too costs less than to tell them apart.
-    caches = jax.tree.map(lambda cache, columns: lax.dynamic_update_slice(cache, columns[prompt], (0, 0, 0, 0)),
-                          held.caches, store.caches)  # fmt: skip
+    entering = jnp.where(free, jnp.arange(free.size), free.size)  # past the last slot: nothing is written
+    caches = jax.tree.map(
+        lambda cache, x: cache.at[entering, :, : x.shape[2], : x.shape[3]].set(x[prompt], mode="drop"),
+        held.caches, store.caches,
+    )  # fmt: skip
     hidden = jnp.where(free[:, None], store.last[prompt], held.hidden)
     entered = held._replace(row=row, prompt=prompt, t=jnp.where(free, 0, held.t), live=row < rows, hidden=hidden,
                             caches=caches)  # fmt: skip

@@ -8,13 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.refill import of_lengths, refilled_steps, static_steps
 from mlrl import generation, meshes
 from mlrl.generation import generate
+from mlrl.loops import online
 from mlrl.models.norms import LayerNorm
 from mlrl.models.transformer import Config, Transformer, initialize
 from mlrl.refilled import refilled
+from mlrl.rollouts.single_turn import single_turn
 from mlrl.sampling import GREEDY, Sampling
 from mlrl.types import Prompts, Refused
+from tests.loops import worlds
 
 V, N, P, G, T = 23, 7, 6, 3, 10
 ROWS = N * G
@@ -93,22 +97,6 @@ def test_models_of_other_kinds(changes, eos_ids):
         assert (np.asarray(plain.tokens) != np.asarray(wanted.tokens)).any(), "the window makes no difference"
 
 
-def of_lengths(lengths):
-    """A chooser whose row b ends at its token number lengths[b]."""
-    chooser = generation.chooser
-
-    def made(*args):
-        choose = chooser(*args)
-
-        def forced(hidden, rows, t):
-            token, log_prob, _ = choose(hidden, rows, t)
-            return token, log_prob, t + 1 >= lengths[jnp.minimum(rows, len(lengths) - 1)]
-
-        return forced
-
-    return made
-
-
 def model_steps(sampler, monkeypatch, **knobs):
     """(the rollout, how often it called the model after the prefill)."""
     calls = []
@@ -126,19 +114,14 @@ def model_steps(sampler, monkeypatch, **knobs):
 
 
 def test_slots_are_refilled_and_so_fewer_steps_are_taken(monkeypatch):
-    """One row in seven is long. Refilled, the steps are those of the schedule, row by row; static, the others wait."""
+    """One row in seven is long. Refilled, the steps are those of the schedule; static, the others wait for it."""
     lengths = np.asarray([T if row % 7 == 3 else 1 + row % 2 for row in range(ROWS)])
     monkeypatch.setattr(generation, "chooser", of_lengths(jnp.asarray(lengths)))
-    k, slots = 2, 7
-    left, waiting, turns = np.zeros(slots, int), list(lengths), 0
-    while waiting or left.any():
-        left = np.asarray([rest or (waiting.pop(0) if waiting else 0) for rest in left])
-        left, turns = np.maximum(left - k, 0), turns + 1
-    rollout, steps = model_steps(refilled, monkeypatch, slots=slots, check_every_steps=k)
+    rollout, steps = model_steps(refilled, monkeypatch, slots=7, check_every_steps=2)
     np.testing.assert_array_equal(rollout.action_mask.sum(1), lengths)
-    assert steps == turns * k
+    assert steps == refilled_steps(lengths, 7, 2) == 14
     one, static = model_steps(generate, monkeypatch)
-    assert static == T - 1 and steps < ROWS // slots * static
+    assert static == static_steps(lengths, ROWS) == T - 1 and static_steps(lengths, 7) == 27
     assert_same_rows(rollout, one)
 
 
@@ -161,3 +144,25 @@ def test_slots_on_a_mesh_sample_what_one_device_does(sizes):
 def test_what_cannot_be_done_is_refused(knobs, words):
     with meshes.use(meshes.mesh()), pytest.raises(Refused, match=words):
         sample(refilled, prompts=some_prompts(8), **knobs)
+
+
+def test_an_online_step_in_slots_trains_as_one_without():
+    """On eight devices in one program, beside the static sampler on one."""
+
+    def after_a_step(devices, **knobs):
+        rollout_fn = functools.partial(single_turn, max_completion_tokens=3, **knobs)
+        mesh = functools.partial(meshes.mesh, devices=devices)
+        parts = online.prepare(worlds.sums(rollout_fn=rollout_fn, mesh=mesh, minibatches=1, evaluations=()))
+        with meshes.use(mesh()):
+            state = online.initial_state(parts)
+            prompts = online.prompt_source(parts)(state, 0)
+            before = jax.device_get(state.params)
+            state, metrics, batch = jax.jit(functools.partial(online.whole_step, parts))(state, prompts)
+            return before, jax.device_get((state.params, metrics, batch.rollout))
+
+    slots = functools.partial(refilled, slots=8, check_every_steps=2)
+    (before, (params, metrics, rollout)), (_, (alone, _, rows)) = after_a_step(8, sampler=slots), after_a_step(1)
+    assert_same_rows(rollout, rows)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), params, alone)
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), params, before)
+    assert metrics["grad_norm"] > 0 and max(jax.tree.leaves(moved)) > 1e-4
