@@ -166,3 +166,15 @@ def test_an_online_step_in_slots_trains_as_one_without():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), params, alone)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), params, before)
     assert metrics["grad_norm"] > 0 and max(jax.tree.leaves(moved)) > 1e-4
+
+
+def test_slots_that_do_not_fit_are_refused_before_anything_is_compiled():
+    def prepared(**knobs):
+        rollout_fn = functools.partial(single_turn, sampler=functools.partial(refilled, **knobs))
+        online.prepare(worlds.sums(rollout_fn=rollout_fn, mesh=meshes.mesh, minibatches=1))
+
+    prepared(slots=16)
+    with pytest.raises(Refused, match="refilled.slots is 12, which does not divide over the 8 devices"):
+        prepared(slots=12)
+    with pytest.raises(Refused, match="refilled.slots is 3, but a group has 4 rows"):
+        prepared(slots=3)
