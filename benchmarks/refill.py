@@ -37,7 +37,7 @@ def recorded():
 CASES = {
     "log-normal": (log_normal(256), 8, 128),
     "log-normal, twice the rows": (log_normal(512), 8, 128),
-    "recorded": (recorded(), 4, 512),
+    "recorded": (recorded(), 4, 416),
 }
 
 
