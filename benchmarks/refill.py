@@ -23,7 +23,7 @@ GOAL = 1.8  # of the static batches' useful tokens per second, at least
 
 
 def log_normal(rows, *, mean=24.0, sigma=1.0, most=128):
-    """Lengths whose logarithm is normal: half of them are below 15, one in a hundred is 128 or more."""
+    """Lengths whose logarithm is normal: half are below 15, one in seventy is above 128."""
     drawn = np.random.default_rng(0).lognormal(np.log(mean) - sigma**2 / 2, sigma, rows)
     return np.clip(np.ceil(drawn), 1, most).astype(int)
 
