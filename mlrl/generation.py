@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -42,27 +44,16 @@ def generate(
     """
     require_whole("generate", "max_completion_tokens", max_completion_tokens, 1)
     n, width = prompts.tokens.shape
-    rows, steps = n * group_size, max_completion_tokens
-    greedy = sampling.temperature == 0.0
-    each = lambda x: jnp.repeat(x, group_size, axis=0)  # noqa: E731
-    apply = lambda *args, **kwargs: model.apply({"params": params}, *args, **kwargs)  # noqa: E731
-    row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
-    eos = jnp.asarray(eos_ids, jnp.int32)
-
-    def choose(hidden: Array, t: Array | int) -> tuple[Array, Array, Array]:
-        """Hidden states [B,D] -> token, its log-prob, whether it ends the row; each [B]."""
-        log_p = log_distribution(apply(hidden, method=Transformer.logits), sampling.temperature)
-        log_p = top_p_filter(top_k_filter(log_p, sampling.top_k), sampling.top_p)
-        token = draw_tokens(jax.vmap(lambda k: jax.random.fold_in(k, t))(row_keys), log_p, greedy=greedy)
-        return token, jnp.take_along_axis(log_p, token[:, None], axis=1)[:, 0], jnp.isin(token, eos)
-
+    rows, steps = jnp.arange(n * group_size), max_completion_tokens
+    choose = chooser(model, params, key, sampling, eos_ids)
     last, caches = prefill(model, params, prompts)
     caches = widen_caches(caches, group_size, steps)
-    prompt_valid, prompt_lengths = each(prompts.valid), each(jnp.sum(prompts.valid, axis=1, dtype=jnp.int32))
-    token, log_prob, done = choose(each(last), 0)
+    last, prompt_valid = (jnp.repeat(x, group_size, axis=0) for x in (last, prompts.valid))
+    prompt_lengths = jnp.sum(prompt_valid, axis=1, dtype=jnp.int32)
+    token, log_prob, done = choose(last, rows, 0)
     write = lambda buffer, column, t: lax.dynamic_update_slice(buffer, column[:, None], (0, t))  # noqa: E731
-    tokens = write(jnp.full((rows, steps), pad_id, jnp.int32), token, 0)
-    log_probs = write(jnp.zeros((rows, steps), jnp.float32), log_prob, 0)
+    tokens = write(jnp.full((rows.size, steps), pad_id, jnp.int32), token, 0)
+    log_probs = write(jnp.zeros((rows.size, steps), jnp.float32), log_prob, 0)
 
     def unfinished(carry):
         t, done = carry[0], carry[-1]
@@ -70,29 +61,63 @@ def generate(
 
     def decode(carry):
         t, caches, token, tokens, log_probs, lengths, done = carry
-        seen = jnp.concatenate([prompt_valid, jnp.broadcast_to(jnp.arange(steps) < t, (rows, steps))], axis=1)
+        seen = jnp.concatenate([prompt_valid, jnp.broadcast_to(jnp.arange(steps) < t, tokens.shape)], axis=1)
         positions = (prompt_lengths + t - 1)[:, None]
-        hidden, caches = apply(token[:, None], positions, seen[:, None], caches, width + t - 1)
-        token, log_prob, ended = choose(hidden[:, 0], t)
+        args = (token[:, None], positions, seen[:, None], caches, width + t - 1)
+        hidden, caches = model.apply({"params": params}, *args)
+        token, log_prob, ended = choose(hidden[:, 0], rows, t)
         token = jnp.where(done, pad_id, token)
         tokens = write(tokens, token, t)
         log_probs = write(log_probs, jnp.where(done, 0.0, log_prob), t)
         return t + 1, caches, token, tokens, log_probs, lengths + ~done, done | ended
 
-    lengths = jnp.ones((rows,), jnp.int32)
-    start = (jnp.int32(1), caches, token, tokens, log_probs, lengths, done)
+    start = (jnp.int32(1), caches, token, tokens, log_probs, jnp.ones_like(rows), done)
     _, _, _, tokens, log_probs, lengths, done = lax.while_loop(unfinished, decode, start)
+    return as_rollout(prompts, tokens, log_probs, lengths, ended=done, policy_version=policy_version)
 
+
+def chooser(model: Transformer, params: Params, key: Array, sampling: Sampling,
+            eos_ids: tuple[int, ...]) -> Callable[..., tuple[Array, Array, Array]]:  # fmt: skip
+    """choose(hidden [B,D], rows [B], t) -> the token at step t of each row, its log-prob, whether it ends the row.
+
+    All three are [B]; t is a number, or [B] where rows are at different steps. The randomness of row b at its step t is
+    fold_in(fold_in(key, b), t), wherever and beside whatever the row is decoded.
+    """
+    eos = jnp.asarray(eos_ids, jnp.int32)
+
+    def choose(hidden: Array, rows: Array, t: Array | int) -> tuple[Array, Array, Array]:
+        logits = model.apply({"params": params}, hidden, method=Transformer.logits)
+        log_p = log_distribution(logits, sampling.temperature)
+        log_p = top_p_filter(top_k_filter(log_p, sampling.top_k), sampling.top_p)
+        draw = jax.vmap(lambda row, t: jax.random.fold_in(jax.random.fold_in(key, row), t))
+        keys = draw(rows, jnp.broadcast_to(t, rows.shape))
+        token = draw_tokens(keys, log_p, greedy=sampling.temperature == 0.0)
+        return token, jnp.take_along_axis(log_p, token[:, None], axis=1)[:, 0], jnp.isin(token, eos)
+
+    return choose
+
+
+def as_rollout(prompts: Prompts, tokens: Array, log_probs: Array, lengths: Array, *, ended: Array,
+               policy_version: Array | int) -> Rollout:  # fmt: skip
+    """Prompts [N,P] and their completions as the rows of a single turn.
+
+    Args:
+      tokens, log_probs: [B,T], the groups in order; B is a multiple of N.
+      lengths: [B] how many tokens of each row are actions.
+      ended: [B] whether the last of them is an EOS.
+    """
+    (n, width), (rows, steps) = prompts.tokens.shape, tokens.shape
+    each = lambda x: jnp.repeat(x, rows // n, axis=0)  # noqa: E731
     action = jnp.arange(steps)[None] < lengths[:, None]
     no_action = jnp.zeros((rows, width), bool)
     return Rollout(
         tokens=jnp.concatenate([each(prompts.tokens), tokens], axis=1),
-        valid=jnp.concatenate([prompt_valid, action], axis=1),
+        valid=jnp.concatenate([each(prompts.valid), action], axis=1),
         action_mask=jnp.concatenate([no_action, action], axis=1),
         behavior_log_probs=jnp.concatenate([no_action.astype(jnp.float32), log_probs], axis=1),
         turn=jnp.zeros((rows, width + steps), jnp.int32),
         role=jnp.zeros((rows,), jnp.int32),
-        group=jnp.repeat(jnp.arange(n, dtype=jnp.int32), group_size),
-        truncated=~done,
+        group=each(jnp.arange(n, dtype=jnp.int32)),
+        truncated=~ended,
         policy_version=jnp.full((rows,), policy_version, jnp.int32),
     )

@@ -201,6 +201,17 @@ def test_rollouts_may_be_on_another_mesh_than_the_update(tmp_path):
     assert "8 device(s): fsdp 8, and for rollouts 8 device(s): data 4 x tensor 2" in online.describe(parts)
 
 
+@pytest.mark.parametrize("method", ["grpo", "remax"])
+def test_rows_are_decoded_in_slots_by_an_include(method, tmp_path):
+    """In every rollout that is a single turn, those within another included."""
+    path = compose(method, tmp_path)
+    path.write_text(path.read_text() + "include 'gin/rollouts/refilled.gin'\nSLOTS = 16\nCHECK_EVERY_STEPS = 2\n")
+    prepared(path)  # the bindings are used
+    path.write_text(path.read_text() + "SLOTS = 2\n")
+    with pytest.raises(Refused, match="refilled.slots is 2, but a group has [34] rows"):
+        prepared(path)
+
+
 def test_a_method_that_asks_for_too_much_is_refused(tmp_path):
     path = compose("ppo_shared", tmp_path)
     path.write_text(path.read_text() + "transformer.Config.value_head = False\n")

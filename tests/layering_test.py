@@ -17,7 +17,7 @@ BLOCKS = (
                    "monitoring batches losses"),
     ("data", "tokenizer_files vocabularies tasks prompts stored curricula data"),
     ("models", "axes meshes models scoring"),
-    ("rollout", "sampling generation rollouts environments"),
+    ("rollout", "sampling generation refilled rollouts environments"),
     ("rewards", "rewards"),
     ("learning", "optimizers updates"),
     ("IO", "folders checkpoints writers evaluation evaluation_stored report runs export"),

@@ -182,7 +182,9 @@ def abstract_rows(parts: Any) -> tuple[Prompts, Rollout, Rewards]:
     draw = lambda: prompts_lib.draw(experiment.task, jax.random.key(0), 0, experiment.prompts_per_step, weights)  # noqa: E731
     prompts = jax.eval_shape(draw) if experiment.task.in_graph else draw()
     sample = functools.partial(sample_rows, parts)
-    rollout = jax.eval_shape(lambda state, prompts: sample(state, prompts, state.key), abstract_state(parts), prompts)
+    given = (abstract_state(parts), prompts)
+    with meshes.use(checks.meshes_of(experiment)[1]):  # a sampler may refuse what the mesh cannot split
+        rollout = jax.eval_shape(lambda state, prompts: sample(state, prompts, state.key), *given)
     b, length = rollout.tokens.shape
     number = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
     rewards = Rewards(tokens=number(b, length), outcome=number(b), scored=jax.ShapeDtypeStruct((b,), bool),

@@ -26,6 +26,7 @@ import worlds  # noqa: E402
 from mlrl import meshes, runs  # noqa: E402
 from mlrl.loops import online  # noqa: E402
 from mlrl.losses import policy, regularizers  # noqa: E402
+from mlrl.refilled import refilled  # noqa: E402
 
 ONE = {"one": dict(devices=1), "one_experts": dict(devices=1)}
 MESHES = {
@@ -36,7 +37,8 @@ MESHES = {
     "experts": dict(data=2, fsdp=2, expert=2),
     "sequence": dict(data=2, fsdp=2, sequence=2),
 }
-SIZES = ONE | MESHES | {"rollouts_elsewhere": dict(data=2, fsdp=4)}
+SLOTS = {"slots": dict(data=2, fsdp=2, tensor=2)}  # rows that are refilled; the others decode all at once
+SIZES = ONE | MESHES | SLOTS | {"rollouts_elsewhere": dict(data=2, fsdp=4)}
 ROLLOUTS = {"rollouts_elsewhere": functools.partial(meshes.rearranged, data=4, tensor=2)}
 # A vocabulary that 2 and 4 divide; the 2 key/value heads do not divide over tensor = 4.
 MODEL = dataclasses.replace(worlds.TINY, heads=4, kv_heads=2, vocabulary_size=24)
@@ -47,7 +49,9 @@ def experiment(name):
     """PPO's loss and a KL to the reference, in micro-batches of half the rows."""
     model = dataclasses.replace(MODEL, experts=4, experts_per_token=2) if "experts" in name else MODEL
     kl = functools.partial(regularizers.kl_penalty, kl_coef=0.1)
+    slots = dict(sampler=functools.partial(refilled, slots=8, check_every_steps=2)) if name in SLOTS else {}
     return worlds.sums(
+        rollout_fn=functools.partial(worlds.ROLLOUT, **slots),
         mesh=functools.partial(meshes.mesh, **SIZES[name]), rollout_mesh=ROLLOUTS.get(name, meshes.same), model=model,
         evaluations=(), minibatches=1, micro_batch_rows=16, losses=(policy.ppo_clip, kl),
     )  # fmt: skip

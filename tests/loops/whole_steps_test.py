@@ -12,10 +12,10 @@ import pytest
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from steps_on_meshes import MESHES, ROLLOUTS, SIZES  # noqa: E402
+from steps_on_meshes import MESHES, ROLLOUTS, SIZES, SLOTS  # noqa: E402
 
 QUICK = ("all_three",)  # make test-all runs the others
-OTHERS = [name for name in (*MESHES, *ROLLOUTS) if name not in QUICK]
+OTHERS = [name for name in (*MESHES, *SLOTS, *ROLLOUTS) if name not in QUICK]
 
 
 def run(folder, *names):
