@@ -44,7 +44,7 @@ def splash(queries: Array, keys: Array, values: Array, mask: Array, *, scale: fl
            interpret: bool = False) -> Array:  # fmt: skip
     """`attend` through the kernel that JAX has for TPUs. See `by_platform`.
 
-    Tested in interpret mode on a CPU, values and gradients; it has not been run on a TPU.
+    Tested in interpret mode on a CPU, values and gradients, and lowered for a TPU; it has not been run on one.
 
     Args:
       interpret: runs the kernel as plain JAX, on any platform.

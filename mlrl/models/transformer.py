@@ -126,6 +126,10 @@ class Config:
         self._check_adapters()
         if not isinstance(self.scan_layers, bool):
             raise Refused(f"Config.scan_layers must be True or False, got {self.scan_layers!r}")
+        for name, module in (("attention", "attention or mlrl.models.fused"), ("remat", "remat")):
+            if not callable(getattr(self, name)):
+                raise Refused(f"Config.{name} must be a function, as those of mlrl.models.{module}, got "
+                              f"{getattr(self, name)!r}")  # fmt: skip
         if self.dtype not in ("float32", "bfloat16"):
             raise Refused(f"Config.dtype must be 'float32' or 'bfloat16', got {self.dtype!r}")
         if self.param_dtype not in ("float32", "bfloat16", "int8"):

@@ -26,8 +26,9 @@ import worlds  # noqa: E402
 from mlrl import meshes, runs  # noqa: E402
 from mlrl.loops import online  # noqa: E402
 from mlrl.losses import policy, regularizers  # noqa: E402
+from mlrl.models import remat  # noqa: E402
 
-ONE = {"one": dict(devices=1), "one_experts": dict(devices=1)}
+ONE = {name: dict(devices=1) for name in ("one", "one_experts", "one_scanned")}
 MESHES = {
     "data": dict(data=8),
     "fsdp": dict(data=1, fsdp=8),
@@ -35,6 +36,7 @@ MESHES = {
     "tensor": dict(data=2, tensor=4),
     "experts": dict(data=2, fsdp=2, expert=2),
     "sequence": dict(data=2, fsdp=2, sequence=2),
+    "scanned": dict(data=2, fsdp=2, tensor=2),
 }
 SIZES = ONE | MESHES | {"rollouts_elsewhere": dict(data=2, fsdp=4)}
 ROLLOUTS = {"rollouts_elsewhere": functools.partial(meshes.rearranged, data=4, tensor=2)}
@@ -46,6 +48,8 @@ STEPS = 2
 def experiment(name):
     """PPO's loss and a KL to the reference, in micro-batches of half the rows."""
     model = dataclasses.replace(MODEL, experts=4, experts_per_token=2) if "experts" in name else MODEL
+    if "scanned" in name:
+        model = dataclasses.replace(MODEL, layers=3, scan_layers=True, remat=remat.full)
     kl = functools.partial(regularizers.kl_penalty, kl_coef=0.1)
     return worlds.sums(
         mesh=functools.partial(meshes.mesh, **SIZES[name]), rollout_mesh=ROLLOUTS.get(name, meshes.same), model=model,

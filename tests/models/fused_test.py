@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -80,6 +81,19 @@ def test_the_kernel_is_chosen_by_the_platform(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     with meshes.use(meshes.mesh(devices=1)):
         assert choose() == "attend", "the mesh is of CPUs, whatever the default is"
+
+
+def test_splash_is_lowered_for_a_tpu():
+    """As far as JAX does that without one: one kernel forward, two backward, whatever the length and the width."""
+    for length, width, how in ((300, 128, dict(window=200, cap=5.0)), (1024, 64, {})):
+        def loss(q, k, v, length=length, how=how):
+            mask = causal_mask(jnp.ones((1, length), bool))
+            return jnp.sum(fused.splash(q, k, v, mask, scale=0.1, **how).astype(jnp.float32))
+
+        shapes = ((1, length, 2, 4, width), (1, 2, width, length), (1, 2, length, width))
+        given = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+        lowered = jax.export.export(jax.jit(jax.grad(loss, argnums=(0, 1, 2))), platforms=["tpu"])(*given)
+        assert lowered.mlir_module().count("tpu_custom_call") == 3
 
 
 def test_what_cudnn_lacks_goes_through_plain_attention():
