@@ -179,6 +179,14 @@ def test_a_method_trains_adapters(method, tmp_path):
     assert one_step(experiment, loop, tmp_path / "run")["grad_norm"] > 0
 
 
+def test_a_method_trains_a_deep_model(tmp_path):
+    path = compose("grpo", tmp_path)
+    path.write_text(path.read_text() + "include 'gin/models/deep.gin'\ntransformer.Config.layers = 2\n")
+    experiment, loop = prepared(path)
+    assert experiment.model.scanned == (2, 1) and experiment.model.remat.__name__ == "full"
+    assert one_step(experiment, loop, tmp_path / "run")["grad_norm"] > 0
+
+
 def test_the_files_of_meshes_are_those_that_are_tested():
     assert {path.stem for path in REPO.glob("gin/meshes/*.gin")} == {*MESHES, "rollout_tensor"}
 

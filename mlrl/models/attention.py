@@ -15,7 +15,8 @@ from mlrl.types import Array
 Cache = tuple[Array, Array]
 
 
-def attend(queries: Array, keys: Array, values: Array, mask: Array, *, scale: float, cap: float = 0.0) -> Array:
+def attend(queries: Array, keys: Array, values: Array, mask: Array, *, scale: float, cap: float = 0.0,
+           window: int = 0) -> Array:  # fmt: skip
     """Softmax attention, the softmax in fp32.
 
     out = softmax(soft_cap(scale * q k^T) + log mask) v
@@ -28,8 +29,10 @@ def attend(queries: Array, keys: Array, values: Array, mask: Array, *, scale: fl
         mean of the values: finite, and never read by a valid token.
       scale: usually head_width ** -0.5.
       cap: the bound of `soft_cap`; 0.0: none.
+      window: what the mask keeps already; for kernels that make masks of their own, see mlrl.models.fused.
     Returns: [B, L, K, H, head_width].
     """
+    del window
     b, length, k, h, width = queries.shape
     queries = jnp.moveaxis(queries * scale, 1, 3).reshape(b, k, h * length, width)
     logits = jnp.matmul(queries, keys, preferred_element_type=jnp.float32).reshape(b, k, h, length, -1)
@@ -85,6 +88,8 @@ class Attention(nn.Module):
     out_bias: bool
     scale: float
     cap: float
+    window: int
+    attention: Callable[..., Array]  # in the place of `attend`, where there is no cache
     out_init_scale: float
     project: Callable[..., nn.Module]  # (features, name=, ...) -> a Projection
 
@@ -102,10 +107,11 @@ class Attention(nn.Module):
         queries = rotated[:, :, :, :-1]
         keys = jnp.moveaxis(rotated[:, :, :, -1], 1, 3)  # [B, K, head_width, L]
         values = jnp.swapaxes(qkv[:, :, :, -1], 1, 2)  # [B, K, L, head_width]
+        attention = self.attention if cache is None else attend
         if cache is not None:
             cache = written(cache, keys, values, column, period)
             keys, values = (lax.dynamic_index_in_dim(x, *period, keepdims=False) if period else x for x in cache)
-        mixed = attend(queries, keys, values, mask, scale=self.scale, cap=self.cap)
+        mixed = attention(queries, keys, values, mask, scale=self.scale, cap=self.cap, window=self.window)
         init = nn.initializers.variance_scaling(self.out_init_scale, "fan_in", "normal")
         out = self.project(x.shape[-1:], summed=3, use_bias=self.out_bias, kernel_init=init, name="out")
         return out(mixed), cache

@@ -21,8 +21,8 @@ from mlrl.types import Refused
 Fields = dict[str, Any]  # fields of Config by name; those that are left out have Config's default
 
 # Fields that no checkpoint holds: of what is learned here beside its weights, and of the arithmetic.
-OURS = ("value_head", "critic_layers", "lora_rank", "lora_alpha", "lora_kernels", "scan_layers", "remat", "dtype",
-        "param_dtype")  # fmt: skip
+OURS = ("value_head", "critic_layers", "lora_rank", "lora_alpha", "lora_kernels", "scan_layers", "attention",
+        "remat", "dtype", "param_dtype")  # fmt: skip
 
 _ACTIVATIONS = {"silu": nn.silu, "gelu_pytorch_tanh": gelu_tanh, "gelu_new": gelu_tanh, "gelu": gelu}
 

@@ -143,8 +143,8 @@ def _attention(c: Any, layer: int, norm: Callable[..., nn.Module]) -> Attention:
     return Attention(
         kv_heads=c.kv_heads, heads_per_kv=c.heads // c.kv_heads, head_width=c.head_width, rotate=_rotation(c, layer),
         norm=norm, qk_norm=c.qk_norm, qkv_bias=c.qkv_bias, out_bias=c.out_bias,
-        scale=(c.scale_width or c.head_width) ** -0.5, cap=c.attention_cap, out_init_scale=_small(c),
-        project=functools.partial(_projection, c),
+        scale=(c.scale_width or c.head_width) ** -0.5, cap=c.attention_cap, window=_window(c, layer),
+        attention=c.attention, out_init_scale=_small(c), project=functools.partial(_projection, c),
     )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ def config(path: str, *, base: Config = Config()) -> Config:
     Args:
       path: a folder with a config.json.
       base: gives what no checkpoint holds: value_head, critic_layers, adapters (lora_rank, lora_alpha,
-        lora_kernels), scan_layers, remat, dtype and param_dtype.
+        lora_kernels), scan_layers, attention, remat, dtype and param_dtype.
     Raises: Refused, naming the setting that mlrl does not have, or the field of `base` that the folder decides.
     """
     _, fields = _family(path)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from mlrl import meshes
 from mlrl.models import remat
-from mlrl.models.attention import Cache, soft_cap, within_window
+from mlrl.models.attention import Cache, attend, soft_cap, within_window
 from mlrl.models.layers import Layers, scanned, stream
 from mlrl.models.norms import RMSNorm
 from mlrl.models.projections import float_dtype
@@ -53,6 +53,7 @@ class Config:
     lora_kernels       which kernels have one, of `kernels`; (): all of these
     scan_layers        one program is run in turn over the layers, so that a deep model compiles as fast as a shallow
                        one. Their parameters and caches are stacked; see `scanned` and mlrl.models.layers
+    attention          how rows without a cache attend: attention.attend, or for long rows fused.by_platform
     remat              what a layer keeps for the backward pass, where it has no cache; see mlrl.models.remat
     dtype              of activations and matrix products; log-softmax and normalization are always fp32
     param_dtype        of parameters: float32, bfloat16, or int8 for kernels that are frozen, beside bfloat16 for the
@@ -94,6 +95,7 @@ class Config:
     lora_alpha: float = 32.0
     lora_kernels: tuple[str, ...] = ()
     scan_layers: bool = False
+    attention: Callable[..., Array] = attend
     remat: Callable[..., remat.Layer] = remat.none
     dtype: str = "float32"
     param_dtype: str = "float32"
@@ -124,6 +126,10 @@ class Config:
         self._check_adapters()
         if not isinstance(self.scan_layers, bool):
             raise Refused(f"Config.scan_layers must be True or False, got {self.scan_layers!r}")
+        for name, module in (("attention", "attention or mlrl.models.fused"), ("remat", "remat")):
+            if not callable(getattr(self, name)):
+                raise Refused(f"Config.{name} must be a function, as those of mlrl.models.{module}, got "
+                              f"{getattr(self, name)!r}")  # fmt: skip
         if self.dtype not in ("float32", "bfloat16"):
             raise Refused(f"Config.dtype must be 'float32' or 'bfloat16', got {self.dtype!r}")
         if self.param_dtype not in ("float32", "bfloat16", "int8"):

@@ -26,9 +26,10 @@ import worlds  # noqa: E402
 from mlrl import meshes, runs  # noqa: E402
 from mlrl.loops import online  # noqa: E402
 from mlrl.losses import policy, regularizers  # noqa: E402
+from mlrl.models import remat  # noqa: E402
 from mlrl.refilled import refilled  # noqa: E402
 
-ONE = {"one": dict(devices=1), "one_experts": dict(devices=1)}
+ONE = {name: dict(devices=1) for name in ("one", "one_experts", "one_scanned")}
 MESHES = {
     "data": dict(data=8),
     "fsdp": dict(data=1, fsdp=8),
@@ -36,6 +37,7 @@ MESHES = {
     "tensor": dict(data=2, tensor=4),
     "experts": dict(data=2, fsdp=2, expert=2),
     "sequence": dict(data=2, fsdp=2, sequence=2),
+    "scanned": dict(data=2, fsdp=2, tensor=2),
 }
 SLOTS = {"slots": dict(data=2, fsdp=2, tensor=2)}  # rows that are refilled; the others decode all at once
 SIZES = ONE | MESHES | SLOTS | {"rollouts_elsewhere": dict(data=2, fsdp=4)}
@@ -48,6 +50,8 @@ STEPS = 2
 def experiment(name):
     """PPO's loss and a KL to the reference, in micro-batches of half the rows."""
     model = dataclasses.replace(MODEL, experts=4, experts_per_token=2) if "experts" in name else MODEL
+    if "scanned" in name:
+        model = dataclasses.replace(MODEL, layers=3, scan_layers=True, remat=remat.full)
     kl = functools.partial(regularizers.kl_penalty, kl_coef=0.1)
     slots = dict(sampler=functools.partial(refilled, slots=8, check_every_steps=2)) if name in SLOTS else {}
     return worlds.sums(

@@ -34,11 +34,12 @@ def quick(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("others"), "one", "one_experts", *OTHERS)
+    return run(tmp_path_factory.mktemp("others"), "one", "one_experts", "one_scanned", *OTHERS)
 
 
 def check(found, said, name):
-    (sampled, trained, held), (wanted, alone, whole) = found[name], found["one_experts" if "experts" in name else "one"]
+    of_its_model = f"one_{name}" if f"one_{name}" in found else "one"
+    (sampled, trained, held), (wanted, alone, whole) = found[name], found[of_its_model]
     for (tokens, log_probs, metrics), (same_tokens, same_log_probs, same_metrics) in zip(sampled, wanted):
         np.testing.assert_array_equal(tokens, same_tokens)
         np.testing.assert_allclose(log_probs, same_log_probs, atol=1e-5)

@@ -194,6 +194,8 @@ def test_rows_beyond_the_table_of_positions_are_refused():
     [(dict(experts=2, experts_per_token=3), "Config.experts_per_token"), (dict(experts=2, mlp_bias=True), "no biases"),
      (dict(windows=()), "Config.windows"), (dict(windows=[4]), "must be a tuple"),
      (dict(windows=(-1,)), "Config.windows"),
+     (dict(remat="full"), "Config.remat must be a function, as those of mlrl.models.remat, got 'full'"),
+     (dict(attention="splash"), "mlrl.models.attention or mlrl.models.fused, got 'splash'"),
      (dict(scale_width=-1), "Config.scale_width"), (dict(head_width=3), "must be even")],
 )  # fmt: skip
 def test_shapes_that_cannot_be_are_refused(fields, words):
