@@ -112,7 +112,8 @@ def gradients(params: Params, batch: Batch, *, score_fn: ScoreFn, losses: Sequen
 
     def add(total: Any, piece: Batch) -> tuple[Any, None]:
         grads, metrics = jax.tree.map(jnp.add, total, grad_fn(meshes.split_rows(piece)))
-        return ((meshes.split_parameters(grads[0]), grads[1]), metrics), None  # or each device may sum the whole model's
+        # Without this each device may sum the gradients of the whole model.
+        return ((meshes.split_parameters(grads[0]), grads[1]), metrics), None
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
     grads, metrics = jax.lax.scan(add, zeros, pieces)[0]

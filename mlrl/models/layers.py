@@ -62,17 +62,20 @@ class Layers(nn.Module):
         """
         (x, caches), written = carry, []
         for j in range(self.count):
-            mask = masks[_window(self.config, self.first + j)]
-            if caches:
-                x, cache = self._layer(j, x, positions, mask, caches[j], column, period)
-                written.append(cache)
+            mask, cache = masks[_window(self.config, self.first + j)], caches[j] if caches else None
+            if caches and x.shape[1] == 1:  # decoding, which nobody differentiates: in place
+                x, cache = self._layer(j, x, positions, mask, cache, column, period)
             else:
-                x = self._without_cache(j, bool(period))(self, x, positions, mask)
-        return (x, tuple(written)), ()
+                x, new = self._kept(j, bool(period))(self, x, positions, mask, _cut(cache, period), column)
+                cache = _put(cache, new, period)
+            written.append(cache)
+        return (x, tuple(written) if caches else ()), ()
 
-    def _without_cache(self, j: int, in_scan: bool) -> remat.Layer:
-        """Layer j as a function of (self, x, positions, mask), with what it keeps as Config.remat has it."""
-        layer = lambda self, x, positions, mask: self._layer(j, x, positions, mask, None, 0, ())[0]  # noqa: E731
+    def _kept(self, j: int, in_scan: bool) -> remat.Layer:
+        """Layer j as a function of (self, x, positions, mask, cache, column) to (x, cache), with what it keeps as
+        Config.remat has it.
+        """
+        layer = lambda self, *inputs: self._layer(j, *inputs, ())  # noqa: E731
         if self.is_initializing():
             return layer
         # In a scan the compiler cannot take what is computed again for what was computed before.
@@ -85,6 +88,17 @@ class Layers(nn.Module):
         x = stream(x + (self.attention_post_norms[j](mixed) if post_norms else mixed))
         mixed = self.mlps[j](self.mlp_norms[j](x))
         return stream(x + (self.mlp_post_norms[j](mixed) if post_norms else mixed)), cache
+
+
+def _cut(cache: Cache | None, period: tuple[Array, ...]) -> Cache | None:
+    """A period's cache out of the stacked ones: what is kept of a layer is then its own."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, *period, keepdims=False), cache) if period else cache
+
+
+def _put(cache: Cache | None, new: Cache | None, period: tuple[Array, ...]) -> Cache | None:
+    """The stacked caches with a period's new one."""
+    put = lambda x, own: jax.lax.dynamic_update_index_in_dim(x, own, *period, 0)  # noqa: E731
+    return jax.tree.map(put, cache, new) if period else new
 
 
 def scanned(periods: int) -> type[nn.Module]:

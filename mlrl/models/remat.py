@@ -14,9 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from mlrl.types import Array
-
-Layer = Callable[..., Array]  # (a flax module, arrays) -> the residual stream after the layer
+Layer = Callable[..., Any]  # (a flax module, arrays) -> the residual stream after the layer, and the layer's cache
 
 
 def none(layer: Layer, **how: Any) -> Layer:

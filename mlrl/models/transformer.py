@@ -54,7 +54,7 @@ class Config:
     scan_layers        one program is run in turn over the layers, so that a deep model compiles as fast as a shallow
                        one. Their parameters and caches are stacked; see `scanned` and mlrl.models.layers
     attention          how rows without a cache attend: attention.attend, or for long rows fused.by_platform
-    remat              what a layer keeps for the backward pass, where it has no cache; see mlrl.models.remat
+    remat              what a layer keeps for the backward pass; see mlrl.models.remat
     dtype              of activations and matrix products; log-softmax and normalization are always fp32
     param_dtype        of parameters: float32, bfloat16, or int8 for kernels that are frozen, beside bfloat16 for the
                        rest. Under adapters it is that of what is frozen, and what is trained is fp32

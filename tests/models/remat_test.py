@@ -69,12 +69,34 @@ def test_each_keeps_less_than_the_one_before(config):
     assert square(remat.none) and not square(remat.dots) and not square(remat.full)
 
 
-def test_where_there_is_a_cache_nothing_is_computed_twice():
-    caches = empty_caches(dataclasses.replace(CONFIG, layers=1), 2, LENGTH)
-    model = kept(dataclasses.replace(CONFIG, layers=1), remat.full)
-    few = {name: leaf for name, leaf in params(CONFIG).items() if not name.endswith(("_1", "_2"))}
-    said = lambda *caches: str(jax.make_jaxpr(functools.partial(run, model))(few, *caches))
-    assert "remat" in said() and "remat" not in said(caches)
+def over_caches(model, params, columns=LENGTH):
+    """A number that depends on `columns` columns, which are read over caches that hold none but theirs."""
+    valid = jnp.ones((2, columns), bool)
+    tokens = jnp.arange(2 * columns).reshape(2, columns) % 11
+    caches = empty_caches(model.config, 2, columns)
+    hidden, _ = model.apply({"params": params}, tokens, row_positions(valid), causal_mask(valid), caches, 0)
+    return jnp.sum(jnp.sin(hidden))
+
+
+@pytest.mark.parametrize("config", [CONFIG, SCANNED], ids=["unrolled", "scanned"])
+def test_rows_over_caches_are_differentiated_alike_and_keep_less(config):
+    """As the learner's rows are, over the caches of their prompts."""
+    loss = lambda how: functools.partial(over_caches, kept(config, how))  # noqa: E731
+    found, wanted = (jit(jax.grad(loss(how)))(params(config)) for how in (remat.full, remat.none))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6 + 2e-6 * float(jnp.abs(other).max()))
+
+    def size(how):
+        back = jax.eval_shape(lambda p: jax.vjp(loss(how), p)[1], params(config))
+        return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(back))
+
+    assert size(remat.full) < 0.5 * size(remat.none)
+
+
+def test_decoding_computes_nothing_twice():
+    said = lambda columns: str(jax.make_jaxpr(functools.partial(  # noqa: E731
+        over_caches, kept(CONFIG, remat.full), columns=columns))(params(CONFIG)))  # fmt: skip
+    assert "remat" in said(2) and "remat" not in said(1)
 
 
 def test_the_first_parameters_are_the_same():
