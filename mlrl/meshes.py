@@ -160,6 +160,19 @@ def placed(params: Params) -> Params:
     return jax.device_put(params, shardings, may_alias=False)
 
 
+def read_in_parts(path: tuple[str, ...], shape: Sequence[int], read: Callable[[tuple[slice, ...]], Any]) -> Array:
+    """The parameter at `path` on the current mesh, of which each process reads what its own devices hold.
+
+    Args:
+      read: a slice of each axis -> that part, as a numpy array.
+    """
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return jnp.array(read(tuple(slice(0, size) for size in shape)))
+    axes = axes_of(tuple(jax.tree_util.DictKey(name) for name in path))
+    return jax.make_array_from_callback(tuple(shape), NamedSharding(mesh, spec_of(axes, shape, mesh)), read)
+
+
 def mover(here: Any, there: Any) -> Callable[[Any], Any]:
     """A program that moves arrays from one mesh to another of the same devices, in the same order.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -158,3 +159,43 @@ def gpt2(c: Config) -> list[Tensor]:
 def covers(tensors: list[Tensor], leaf: Path, size: int) -> bool:
     """Whether the tensors fill all of a leaf."""
     return sum(math.prod(t.shape) for t in tensors if t.leaf == leaf) == size
+
+
+class Overlap(NamedTuple):
+    """Where a tensor and a part of its leaf meet: part[inside] = tensor.reshape(shape)[outside].transpose(order)."""
+
+    shape: tuple[int, ...]
+    outside: tuple[slice, ...]
+    order: tuple[int, ...]
+    inside: tuple[slice | int, ...]
+
+
+def overlap(view: View, shape: tuple[int, ...], index: tuple[slice, ...]) -> Overlap | None:
+    """Where a view of a leaf and the leaf's part at `index` meet; None where they do not.
+
+    A view takes slices of a leaf, single indices, and orders its axes anew; which, is read off the strides and the
+    offset that it gives an array whose axes all have strides of their own, and which has no memory.
+
+    Args:
+      shape: of the leaf.
+      index: a slice of each of its axes, from start to stop.
+    """
+    base = max((*shape, 1)) + 1
+    strides = [8 * base**axis for axis in range(len(shape))]
+    leaf = np.lib.stride_tricks.as_strided(np.empty((), np.float64), shape, strides)
+    seen = view(leaf)
+    offset = seen.__array_interface__["data"][0] - leaf.__array_interface__["data"][0]
+    starts = [offset // stride % base for stride in strides]
+    axes = [strides.index(stride) for stride in seen.strides]
+    outside: list[slice] = [slice(0)] * len(axes)
+    inside: list[slice | int] = [0] * len(shape)
+    for axis, (part, start) in enumerate(zip(index, starts)):
+        size = seen.shape[axes.index(axis)] if axis in axes else 1
+        low, high = max(part.start, start), min(part.stop, start + size)
+        if low >= high:
+            return None
+        inside[axis] = low - part.start
+        if axis in axes:
+            outside[axes.index(axis)] = slice(low - start, high - start)
+            inside[axis] = slice(low - part.start, high - part.start)
+    return Overlap(seen.shape, tuple(outside), tuple(np.argsort(axes)), tuple(inside))

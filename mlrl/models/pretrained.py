@@ -18,7 +18,7 @@ from jax import lax
 
 from mlrl import meshes
 from mlrl.models import families, layers, lora, tensor_files
-from mlrl.models.layouts import Path, Tensor, covers
+from mlrl.models.layouts import Path, Tensor, covers, overlap
 from mlrl.models.transformer import Config, Transformer
 from mlrl.types import Array, Params, Refused
 
@@ -87,8 +87,7 @@ class Start:
         for leaf, parts in of_leaf.items():
             path, period = there[leaf]
             like = kernels[path] if period is None else jax.eval_shape(_first, kernels[path])
-            held = meshes.placed(traverse_util.unflatten_dict({leaf: lora.as_held(_read(parts, stored, like), like)}))
-            held = functools.reduce(dict.get, leaf, held)
+            held = _held(leaf, parts, stored, like)
             if period is not None:
                 before = flat[path] if path in flat else _empty(path, kernels[path])
                 held = _with_period(path, before, held, period)
@@ -96,15 +95,27 @@ class Start:
         return traverse_util.unflatten_dict(flat)
 
 
-def _read(parts: list[Tensor], stored: Mapping[str, tensor_files.Stored], like: Any) -> np.ndarray:
-    """A leaf that some tensors fill, in the shape of one of `lora.kernels`; to be made int8 yet, if it is that."""
+def _held(leaf: Path, parts: list[Tensor], stored: Mapping[str, tensor_files.Stored], like: Any) -> Any:
+    """A leaf that some tensors fill, as one of `lora.kernels`; on a mesh, each process reads its devices' parts of it.
+
+    One that is to be int8 is read whole, since its scales are those of whole columns.
+    """
     shape, dtype = (like["int8"].shape, np.float32) if isinstance(like, dict) else (like.shape, like.dtype)
-    assert covers(parts, parts[0].leaf, math.prod(shape)), f"the layout leaves a part of {parts[0].leaf} unset"
-    leaf = np.empty(shape, dtype)
-    for tensor in parts:
-        view = tensor.view(leaf)
-        view[...] = stored[tensor.name].read().reshape(view.shape)
-    return leaf
+    assert covers(parts, leaf, math.prod(shape)), f"the layout leaves a part of {leaf} unset"
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        index = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, shape))
+        found = np.empty([part.stop - part.start for part in index], dtype)
+        for tensor in parts:
+            if meet := overlap(tensor.view, shape, index):
+                whole = stored[tensor.name].read().reshape(meet.shape)
+                found[meet.inside] = whole[meet.outside].transpose(meet.order)
+        return found
+
+    if isinstance(like, dict):
+        everything = lora.as_held(read(tuple(slice(None) for _ in shape)), like)
+        return functools.reduce(dict.get, leaf, meshes.placed(traverse_util.unflatten_dict({leaf: everything})))
+    return meshes.read_in_parts(leaf, shape, read)
 
 
 def _first(kernel: Any) -> Any:

@@ -88,43 +88,45 @@ def text(found: Result) -> str:
     kind, chip = chip_of(found["topology"])
     mesh = " x ".join(f"{axis} {size}" for axis, size in found["programs"][0]["mesh"].items() if size > 1)
     slices = f"{found['slices']} slices of " if found["slices"] > 1 else ""
-    lines = [f"{slices}{found['topology']}: {found['chips']} chips of {kind}, each with {_bytes(chip.hbm_bytes)} for "
+    lines = [f"{slices}{found['topology']}: {found['chips']} chips of {kind}, each with {in_bytes(chip.hbm_bytes)} for "
              f"programs; mesh: {mesh}", "All numbers below are of one chip."]  # fmt: skip
     for result in found["programs"]:
         lines += ["", *_program(result)]
     if found["predicted_seconds"] is not None:
-        lines += ["", f"a {found['unit']:<10} predicted to take at least {_seconds(found['predicted_seconds'])}, by a "
-                  "roofline that nothing has measured (docs/pods.md)"]  # fmt: skip
+        least = in_seconds(found["predicted_seconds"])
+        lines += ["", f"a {found['unit']:<10} predicted to take at least {least}, by a roofline that nothing has "
+                  "measured (docs/pods.md)"]  # fmt: skip
     return "\n".join(lines)
 
 
 def _program(r: Result) -> list[str]:
     """A program's lines: what it needs, does and sends."""
     if "arguments_bytes" not in r:
-        missing = r.get("missing_bytes", 0.0)
-        what = f"does not fit: needs {_bytes(r['needed_bytes'])}, {_bytes(missing)} too much" if missing else r["said"]
+        missing = in_bytes(r.get("missing_bytes", 0.0))
+        what = f"does not fit: needs {in_bytes(r['needed_bytes'])}, {missing} too much" if "needed_bytes" in r else (
+            r["said"])  # fmt: skip
         return [f"{r['program']:<12} {what}"]
-    fits = f"fits, {_bytes(r['spare_bytes'])} to spare" if r["fits"] else (
-        f"does not fit: {_bytes(r['missing_bytes'])} too much")  # fmt: skip
+    fits = f"fits, {in_bytes(r['spare_bytes'])} to spare" if r["fits"] else (
+        f"does not fit: {in_bytes(r['missing_bytes'])} too much")  # fmt: skip
     parts = {name: r[f"{name}_bytes"] for name in ("arguments", "temporaries", "output", "code", "beside")}
     sent, phases = r["sent_bytes"], r["predicted_phases"]
-    kinds = ", ".join(f"{kind} {_bytes(count)}" for kind, count in sent.items()) or "nothing"
+    kinds = ", ".join(f"{kind} {in_bytes(count)}" for kind, count in sent.items()) or "nothing"
     loops = f" ({r['unknown_loops']} loop(s) of unknown length counted once)" if r["unknown_loops"] else ""
     lines = {
-        "memory": f"{fits}: " + ", ".join(f"{name} {_bytes(size)}" for name, size in parts.items() if size),
+        "memory": f"{fits}: " + ", ".join(f"{name} {in_bytes(size)}" for name, size in parts.items() if size),
         "products": ", ".join(f"{name} {_flops(count)}" for name, count in r["flops"].items()),
         "sends": kinds + loops,
-        "predicted": f"{_seconds(r['predicted_seconds'])}: " + "; ".join(
-            f"{name} {_seconds(t['products'])} of products, {_seconds(t['memory'])} of memory"
-            for name, t in phases.items()) + f"; links {_seconds(r['predicted_links_seconds'])}" + (
-            "" if r["predicted_network_seconds"] == 0 else f"; network {_seconds(r['predicted_network_seconds'])}"),
+        "predicted": f"{in_seconds(r['predicted_seconds'])}: " + "; ".join(
+            f"{name} {in_seconds(t['products'])} of products, {in_seconds(t['memory'])} of memory"
+            for name, t in phases.items()) + f"; links {in_seconds(r['predicted_links_seconds'])}" + (
+            "" if r["predicted_network_seconds"] == 0 else f"; network {in_seconds(r['predicted_network_seconds'])}"),
         "compiled": f"in {r['compile_seconds']:.1f} s ({r['compile_cpu_seconds']:.1f} s of a core), after "
                     f"{r['trace_seconds']:.1f} s of tracing",
     }  # fmt: skip
     return [f"{r['program'] if i == 0 else '':<12} {name:<10} {line}" for i, (name, line) in enumerate(lines.items())]
 
 
-def _bytes(count: float) -> str:
+def in_bytes(count: float) -> str:
     return _in_units(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
 
 
@@ -132,7 +134,7 @@ def _flops(count: float) -> str:
     return _in_units(count, 1000, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP"))
 
 
-def _seconds(seconds: float | None) -> str:
+def in_seconds(seconds: float | None) -> str:
     if seconds is None:
         return "unknown"
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms" if seconds >= 1e-3 else (

@@ -11,6 +11,7 @@ import pytest
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
+from mlrl import meshes
 from mlrl.models import families, pretrained, rope, tensor_files
 from mlrl.models.mlp import gelu_tanh
 from mlrl.models.norms import LayerNorm, OffsetRMSNorm
@@ -147,6 +148,30 @@ def test_reading_costs_little_more_memory_than_what_is_kept(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1.3 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "MixtralForCausalLM", "GPT2LMHeadModel"])
+def test_on_a_mesh_each_device_gets_its_part_and_no_more_is_read(tmp_path, monkeypatch, name):
+    config = CONFIGS[name]
+    pretrained.write(tmp_path, scattered(config), config)
+    sizes, made = [], jax.make_array_from_callback
+
+    def spy(shape, sharding, read):
+        whole = int(np.prod(shape))
+
+        def counted(index):
+            part = read(index)
+            sizes.append((whole, part.size, whole // int(np.prod(sharding.shard_shape(shape)))))
+            return part
+
+        return made(shape, sharding, counted)
+
+    monkeypatch.setattr(jax, "make_array_from_callback", spy)
+    with meshes.use(meshes.mesh(data=2, fsdp=2, tensor=2)) as mesh:
+        params = read(tmp_path, config)
+    assert_equal(params, scattered(config))
+    assert jax.tree.map(lambda x: x.sharding, params) == meshes.parameter_shardings(params, mesh)
+    assert all(part * shards == whole for whole, part, shards in sizes) and max(shards for *_, shards in sizes) == 4
 
 
 def without(name):
