@@ -48,7 +48,7 @@ def test_a_tiny_comparison_makes_a_table_and_a_plot(tmp_path, monkeypatch, capsy
     compare.compare()
     found = json.loads((tmp_path / "sums-grpo.json").read_text())
     assert [sorted(map(int, curve)) for curve in found["curves"]] == [[0, 2], [0, 2]] and found["rows"] == 16
-    assert "| grpo | " in (tmp_path / "table.md").read_text() and (tmp_path / "sums.png").stat().st_size > 1000
+    assert "| grpo | " in (tmp_path / "table.md").read_text() and (tmp_path / "rises.png").stat().st_size > 1000
     monkeypatch.setattr(compare, "arm", lambda *_: pytest.fail("what is done is done again"))
     compare.compare()
     assert capsys.readouterr().out.count("sums grpo: ") == 1

@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from experiments.study import plot, shown
+from experiments.study import shown, t_interval
 from mlrl import main, meshes, runs
 from mlrl.evaluation import evaluator
 from mlrl.loops import online, states
@@ -42,7 +42,7 @@ METRIC = "mean@4"
 
 
 def compare() -> None:
-    """Runs what is missing, then writes FOLDER/table.md and a plot for each task."""
+    """Runs what is missing, then writes FOLDER/table.md and FOLDER/rises.png."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--seeds", type=int, default=8)
@@ -58,12 +58,10 @@ def compare() -> None:
             if not path.is_file():
                 path.write_text(json.dumps(arm(method, task, arguments)))
                 print(f"{task} {method}: {shown_rise(json.loads(path.read_text()))}", flush=True)
-    lines = []
-    for task in arguments.tasks:
-        found = {m: json.loads((arguments.folder / f"{task}-{m}.json").read_text()) for m in arguments.methods}
-        lines += table(task, found)
-        curves = {m: [{int(k): v for k, v in c.items()} for c in one["curves"]] for m, one in found.items()}
-        plot(curves, METRIC, arguments.folder / f"{task}.png")
+    read = lambda task, method: json.loads((arguments.folder / f"{task}-{method}.json").read_text())  # noqa: E731
+    found = {task: {method: read(task, method) for method in arguments.methods} for task in arguments.tasks}
+    lines = [line for task, arms in found.items() for line in table(task, arms)]
+    plot(found, arguments.folder / "rises.png")
     (arguments.folder / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
@@ -136,6 +134,31 @@ def table(task: str, found: dict[str, Any]) -> list[str]:
         cells = [name, shown(before), shown(after), shown_rise(one), f"{one['rows']:,.0f}", f"{one['seconds']:.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
+
+
+def plot(found: dict[str, dict[str, Any]], path: pathlib.Path) -> None:
+    """A panel for each task: the rise of every method with its interval, and each seed's as a dot; the best on top."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    most = max(len(arms) for arms in found.values())
+    figure, panels = plt.subplots(1, len(found), figsize=(5.5 * len(found), 1.2 + 0.26 * most), layout="constrained",
+                                  squeeze=False)  # fmt: skip
+    for axes, (task, arms) in zip(panels[0], found.items()):
+        order = sorted(arms, key=lambda name: sum(rises(arms[name])))
+        for y, name in enumerate(order):
+            values = rises(arms[name])
+            axes.plot(values, [y] * len(values), ".", color="tab:gray", alpha=0.5)
+            if len(values) > 1:
+                mean, low, high = t_interval(values)
+                axes.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color="tab:blue", capsize=3)
+        axes.set_yticks(range(len(order)), order)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.grid(alpha=0.3)
+        axes.set(title=task, xlabel=f"rise of {METRIC} on held-out prompts")
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
