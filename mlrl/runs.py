@@ -65,13 +65,14 @@ class Preempted(Stopped):
 class Run:
     """One run's folder while a loop works in it: restores, logs, evaluates and saves.
 
-    In a run of several processes each has one; the first one writes the logs.
+    In a run of several processes each has one; the first one writes the logs. Steps are timed by the clock `now`.
     """
 
-    def __init__(self, folder: str | pathlib.Path, recording: Recording, *, title: str = "train"):
+    def __init__(self, folder: str | pathlib.Path, recording: Recording, *, title: str = "train",
+                 now: Callable[[], float] = time.perf_counter):  # fmt: skip
         self.folder = pathlib.Path(folder)
         self.recording = recording
-        self._title = title
+        self._title, self._now = title, now
         self._checkpoints = checkpoints.open_manager(
             self.folder / "checkpoints",
             keep_last=recording.keep_last,
@@ -121,7 +122,7 @@ class Run:
             results = self._evaluated(state, 0)
             self._writers.write(0, _flat(results))
             self.save(state, results)
-        self._clock = time.perf_counter()
+        self._clock = self._now()
         return results
 
     @contextlib.contextmanager
@@ -141,14 +142,14 @@ class Run:
         every, done, self._steps = self.recording.phases_every_steps, self._steps, self._steps + steps
         if not every or self._steps // every == done // every:
             return
-        start = time.perf_counter()
+        start = self._now()
         if not self._rehearsal_compiled:
             jax.block_until_ready(phase())
             self._rehearsal_compiled = True
         before = time.perf_counter()
         jax.block_until_ready(phase())
         self._rehearsed[name] = time.perf_counter() - before
-        self._clock += time.perf_counter() - start
+        self._clock += self._now() - start
 
     def save(self, state: TrainState, results: Results | None = None) -> None:
         """Writes a checkpoint of the state, asynchronously."""
@@ -162,7 +163,7 @@ class Run:
         """
         self._state = state
         lines = _by_step(jax.device_get({"bad_updates": state.bad_updates} | metrics))
-        seconds = (time.perf_counter() - self._clock) / len(lines)
+        seconds = (self._now() - self._clock) / len(lines)
         counted = {"seconds/step": seconds, "compilations": monitoring.compilations()}
         for line in lines:
             line |= counted | {"tokens_per_second": line["tokens"] / seconds}
@@ -183,7 +184,7 @@ class Run:
         if step < self._num_steps and self._preemption.came(step // len(lines)):
             raise Preempted(f"told to end after step {step}, which is saved in {self.folder}: the same command goes on "
                             "from there")  # fmt: skip
-        self._clock = time.perf_counter()
+        self._clock = self._now()
         return results
 
     def _timed_phases(self, seconds: float, tokens: float) -> dict[str, float]:

@@ -244,12 +244,9 @@ def step_function(parts: Parts, run: runs.Run) -> Callable[[TrainState, Prompts]
 
 def jitted(parts: Parts) -> dict[str, Callable]:
     """What the loop compiles: the rollout, and the whole step or, where that is not one program, the update."""
-    sample, count = stages.sampler(parts, sample_rows), parts.experiment.steps_per_dispatch
+    sample = stages.sampler(parts, sample_rows)
     if parts.reward.in_graph and stages.one_mesh(parts):
-        whole, next_prompts = functools.partial(whole_step, parts), prompt_source(parts)
-        if count > 1:
-            whole = dispatch.dispatched(whole, lambda state: next_prompts(state, state.step), count)
-        return {"rollout": sample, "step": jax.jit(whole, donate_argnums=0)}
+        return {"rollout": sample, "step": jax.jit(whole_program(parts), donate_argnums=0)}
     return {"rollout": sample, "update": jax.jit(functools.partial(learn, parts), donate_argnums=0)}
 
 
@@ -266,6 +263,13 @@ def programs(parts: Parts) -> dict[str, Program]:
     given = {"step": (state, prompts), "update": (state, prompts, rollout, rewards)}
     learned = {name: Program(f, given[name], mesh) for name, f in jitted(parts).items() if name in given}
     return {"rollout": Program(sample, (state, prompts), rollout_mesh), **learned}
+
+
+def whole_program(parts: Parts) -> dispatch.WholeStep:
+    """What is one program where that is possible: a whole step, or as many as are dispatched at once."""
+    whole, count = functools.partial(whole_step, parts), parts.experiment.steps_per_dispatch
+    next_prompts = prompt_source(parts)
+    return whole if count == 1 else dispatch.dispatched(whole, lambda state: next_prompts(state, state.step), count)
 
 
 def whole_step(parts: Parts, state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics, Batch]:
