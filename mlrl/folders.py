@@ -6,7 +6,7 @@ import difflib
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from mlrl.types import Refused
 
@@ -51,6 +51,23 @@ def claim_run_folder(folder: str | os.PathLike, config: str, *, may_differ: tupl
     require_writable(folder)
     write_atomically(path, config)
     return False
+
+
+def require_no_run(folder: str | os.PathLike) -> None:
+    """Raises Refused if `folder` is itself a run's, and so no place for the folders of several."""
+    if pathlib.Path(folder, "config.gin").exists():
+        raise Refused(f"{folder} holds a run, and the seeds need a folder around their own: choose another --run_dir")
+
+
+def require_only_seeds_differ(configs: Sequence[str], seeds: Sequence[int], wanted: Sequence[int]) -> None:
+    """Raises Refused unless the macro SEED is the seed of the experiment, of each of them, and nothing else."""
+    for statement in statements(configs[0]):
+        if re.search(r"%SEED\b", statement) and not re.match(r"\S*Experiment\.seed *= *%SEED$", statement):
+            raise Refused(f"seeds trained together differ in nothing else, but the experiment binds {statement}: give "
+                          "that a number, or train seeds one after another, without --seeds")  # fmt: skip
+    if list(seeds) != list(wanted):
+        raise Refused(f"the macro SEED set to {wanted[-1]} leaves the experiment's seed at {seeds[-1]}: bind "
+                      "online.Experiment.seed = %SEED")  # fmt: skip
 
 
 def config_differences(old: str, new: str, *, may_differ: tuple[str, ...] = ()) -> list[str]:

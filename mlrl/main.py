@@ -58,6 +58,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     train.add_argument("experiment", help="a gin file")
     train.add_argument("--run_dir", default="", help="the run's folder (default: runs/<name of the experiment>)")
     train.add_argument("--report", action="store_true", help="write report.html at the end and print a summary")
+    train.add_argument("--seeds", type=int, default=0, metavar="S",
+                       help="train S seeds together, from SEED on, in folders RUN_DIR/seed_<n>")  # fmt: skip
     check = add("check", _check, "Say in words what an experiment would do, without compiling anything.")
     check.add_argument("experiment", help="a gin file")
     compile_ = add("compile", _compile, "Compile an experiment's own programs for TPUs that are not there: what fits.")
@@ -102,6 +104,9 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     loop, parts = _prepared(experiment)
     if hasattr(parts, "reward"):
         checks.rewards_are_finite(parts.reward, experiment.task)
+    if arguments.seeds:
+        _train_seeds(arguments, overrides, folder, parts)
+        return
 
     def claim() -> None:
         folders.claim_run_folder(folder, config, may_differ=("num_steps", "num_rounds"))
@@ -115,6 +120,30 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
 
         page = report.write_report([folder], pathlib.Path(folder, "report.html"))
         print(report.summary_table(folder))
+        print(f"report: {page}")
+
+
+def _train_seeds(arguments: argparse.Namespace, overrides: dict[str, str], folder: str, parts: Any) -> None:
+    """Trains a prepared experiment, and the same with the next seeds, each in a folder of its own."""
+    from mlrl import folders as folders_
+    from mlrl.loops import seeds
+
+    seeds.fits(parts, arguments.seeds)
+    folders_.require_no_run(folder)
+    operative, first = _operative_config(), parts.experiment.seed
+    names = range(first, first + arguments.seeds)
+    loaded = [load(arguments.experiment, overrides | {"SEED": str(seed)}) for seed in names]
+    folders_.require_only_seeds_differ([config for _, config in loaded], [e.seed for e, _ in loaded], names)
+    own = [pathlib.Path(folder, f"seed_{seed}") for seed in names]
+    for seed, path, (_, config) in zip(names, own, loaded):
+        folders_.claim_run_folder(path, config, may_differ=("num_steps",))
+        path.joinpath("operative_config.gin").write_text(re.sub(r"(?m)^SEED = .*$", f"SEED = {seed}", operative))
+    seeds.train(parts, [experiment for experiment, _ in loaded], own)
+    if arguments.report:
+        from mlrl import report
+
+        page = report.write_report(own, pathlib.Path(folder, "report.html"))
+        print("\n".join(report.summary_table(path) for path in own))
         print(f"report: {page}")
 
 

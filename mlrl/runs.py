@@ -65,13 +65,14 @@ class Preempted(Stopped):
 class Run:
     """One run's folder while a loop works in it: restores, logs, evaluates and saves.
 
-    In a run of several processes each has one; the first one writes the logs.
+    In a run of several processes each has one; the first one writes the logs. Steps are timed by the clock `now`.
     """
 
-    def __init__(self, folder: str | pathlib.Path, recording: Recording, *, title: str = "train"):
+    def __init__(self, folder: str | pathlib.Path, recording: Recording, *, title: str = "train",
+                 now: Callable[[], float] = time.perf_counter):  # fmt: skip
         self.folder = pathlib.Path(folder)
         self.recording = recording
-        self._title = title
+        self._title, self._now = title, now
         self._checkpoints = checkpoints.open_manager(
             self.folder / "checkpoints",
             keep_last=recording.keep_last,
@@ -121,7 +122,7 @@ class Run:
             results = self._evaluated(state, 0)
             self._writers.write(0, _flat(results))
             self.save(state, results)
-        self._clock = time.perf_counter()
+        self._clock = self._now()
         return results
 
     @contextlib.contextmanager
@@ -131,65 +132,79 @@ class Run:
         yield
         self._phases[name] = self._phases.get(name, 0.0) + time.perf_counter() - start
 
-    def rehearse(self, name: str, phase: Callable[[], Any]) -> None:
+    def rehearse(self, name: str, phase: Callable[[], Any], *, steps: int = 1) -> None:
         """Times one phase of a step that is one program, by running it once more beside the step, when that is due.
 
         What it makes is thrown away and its time is not counted to the step. Logged as seconds/<name>, and the rest of
-        the step as seconds/update. The first rehearsal compiles, so it is run twice.
+        the step as seconds/update. The first rehearsal compiles, so it is run twice. It is due if it is due in any of
+        the next `steps` steps.
         """
-        every, self._steps = self.recording.phases_every_steps, self._steps + 1
-        if not every or self._steps % every:
+        every, done, self._steps = self.recording.phases_every_steps, self._steps, self._steps + steps
+        if not every or self._steps // every == done // every:
             return
-        start = time.perf_counter()
+        start = self._now()
         if not self._rehearsal_compiled:
             jax.block_until_ready(phase())
             self._rehearsal_compiled = True
         before = time.perf_counter()
         jax.block_until_ready(phase())
         self._rehearsed[name] = time.perf_counter() - before
-        self._clock += time.perf_counter() - start
+        self._clock += self._now() - start
 
     def save(self, state: TrainState, results: Results | None = None) -> None:
         """Writes a checkpoint of the state, asynchronously."""
         checkpoints.save(self._checkpoints, int(state.step), state, _flat(results or {}))
 
     def record(self, state: TrainState, step: int, metrics: Metrics, batch: Batch) -> Results:
-        """Logs a step; evaluates, writes samples and saves when they are due. Returns the evaluations."""
+        """Logs a step; evaluates, writes samples and saves when they are due. Returns the evaluations.
+
+        Where K steps were taken at once, `metrics` are [K], of the steps up to `step`, with "bad_updates" among them;
+        state and batch are the last one's. Each step gets its line; all else is done after the last.
+        """
         self._state = state
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        seconds = time.perf_counter() - self._clock
-        phases, self._phases = self._phases, {}
-        if self._rehearsed:
-            phases = self._rehearsed | {"update": max(seconds - sum(self._rehearsed.values()), 1e-9)}
-            self._rehearsed = {}
-        values |= {f"seconds/{name}": spent for name, spent in phases.items()}
-        values |= {"seconds/step": seconds, "compilations": monitoring.compilations()}
-        values["tokens_per_second"] = values["tokens"] / seconds
-        values |= {f"tokens_per_second/{name}": values["tokens"] / spent for name, spent in phases.items()}
+        lines = _by_step(jax.device_get({"bad_updates": state.bad_updates} | metrics))
+        seconds = (self._now() - self._clock) / len(lines)
+        counted = {"seconds/step": seconds, "compilations": monitoring.compilations()}
+        for line in lines:
+            line |= counted | {"tokens_per_second": line["tokens"] / seconds}
+        lines[-1] |= self._timed_phases(seconds, lines[-1]["tokens"])
         results = self._evaluated(state, step)
-        values |= _flat(results) | {"bad_updates": int(state.bad_updates)}
-        self._writers.write(step, values)
-        self._bar.update(step, values)
-        self._require_sense(step, values, batch)
+        lines[-1] |= _flat(results)
+        for i, line in enumerate(lines, start=step + 1 - len(lines)):
+            self._writers.write(i, line)
+        self._bar.update(step, lines[-1])
+        for i, line in enumerate(lines, start=step + 1 - len(lines)):
+            self._require_sense(i, line, step, batch)
         every, last = self.recording, step == self._num_steps
         if every.samples_every_steps and (last or step % every.samples_every_steps == 0):
             self._writers.write_samples(sample_rows(batch, self._task, step, every.samples_rows))
         if last or (every.save_every_steps and step % every.save_every_steps == 0):
             self.save(state, results)
-        if step < self._num_steps and self._preemption.came(step):
+        # Processes agree on the call after which they end, and take calls to be numbered one by one.
+        if step < self._num_steps and self._preemption.came(step // len(lines)):
             raise Preempted(f"told to end after step {step}, which is saved in {self.folder}: the same command goes on "
                             "from there")  # fmt: skip
-        self._clock = time.perf_counter()
+        self._clock = self._now()
         return results
 
-    def _require_sense(self, step: int, values: dict[str, float], batch: Batch) -> None:
-        """Stops a run whose updates are not finite, or whose rewards or rows are missing."""
+    def _timed_phases(self, seconds: float, tokens: float) -> dict[str, float]:
+        """Times and speeds of the phases that were timed since the last step, which took so many seconds."""
+        phases, self._phases = self._phases, {}
+        if self._rehearsed:
+            phases = self._rehearsed | {"update": max(seconds - sum(self._rehearsed.values()), 1e-9)}
+            self._rehearsed = {}
+        times = {f"seconds/{name}": spent for name, spent in phases.items()}
+        return times | {f"tokens_per_second/{name}": tokens / spent for name, spent in phases.items()}
+
+    def _require_sense(self, step: int, values: dict[str, float], last_step: int, batch: Batch) -> None:
+        """Stops a run whose updates are not finite, or whose rewards or rows are missing; the batch is the last step's.
+        """
         if values.get("unreadable_share", 0.0) > 0:
             raise Stopped(f"step {step}: {values['unreadable_share']:.0%} of the rows do not begin with their prompt's "
                           "columns, so their prompts cannot be read once for the group: set Experiment.forward = "
                           "@scoring.whole_rows()")  # fmt: skip
         if values["bad_updates"] >= self.recording.max_bad_updates:
-            self._stop(step, batch, int(values["bad_updates"]))
+            self._stop(step, last_step, batch, int(values["bad_updates"]))
         if values.get("unscored_share", 0.0) > self.recording.max_unscored_share:
             whose = [name for name in values if name.startswith("unscored/") and values[name] > 0]
             share = f"{values['unscored_share']:.0%}"
@@ -205,19 +220,27 @@ class Run:
             write_results(self.folder, step, results)
         return results
 
-    def _stop(self, step: int, batch: Batch, count: int) -> None:
-        dump = self.folder / f"bad_batch_{step}.npz"
+    def _stop(self, step: int, last_step: int, batch: Batch, count: int) -> None:
+        dump = self.folder / f"bad_batch_{last_step}.npz"
         leaves = jax.tree_util.tree_leaves_with_path(processes.on_host(batch))
         if processes.is_first():
             np.savez(dump, **{jax.tree_util.keystr(path).strip("."): leaf for path, leaf in leaves})
         raise Stopped(
-            f"the loss or its gradient was not finite in {count} updates in a row, up to step {step}: the batch is in "
-            f"{dump}, the parameters of the last good update are in {self.folder / 'checkpoints'}/{step}"
+            f"the loss or its gradient was not finite in {count} updates in a row, up to step {step}: the batch of "
+            f"step {last_step} is in {dump}, the parameters of the last good update are in "
+            f"{self.folder / 'checkpoints'}/{last_step}"
         )
 
 
 def _flat(results: Results) -> dict[str, float]:
     return {f"eval/{task}/{name}": r["value"] for task, found in results.items() for name, r in found.items()}
+
+
+def _by_step(metrics: dict[str, Any]) -> list[dict[str, float]]:
+    """The metrics of each step as Python's numbers: of one where they are scalars, of K where they are [K]."""
+    columns = {name: np.atleast_1d(value) for name, value in metrics.items()}
+    lines = [{name: float(value[i]) for name, value in columns.items()} for i in range(len(columns["bad_updates"]))]
+    return [line | {"bad_updates": int(line["bad_updates"])} for line in lines]
 
 
 def sample_rows(batch: Batch, task: Task, step: int, rows: int) -> list[dict[str, Any]]:

@@ -45,6 +45,12 @@ def the_refill(experiment: Any, rows: int) -> list[str]:
     return [f"prompts whose rows teach nothing are exchanged, in at most {most} draws: {most * rows} rows sampled"]
 
 
+def the_dispatch(experiment: Any) -> str:
+    """Steps that are one program, in words; nothing where each is dispatched by itself."""
+    count = experiment.steps_per_dispatch
+    return f" {count} times in one program, so that the host hears of every {count} steps at once" if count > 1 else ""
+
+
 def the_model(config: Config, state: TrainState) -> str:
     """Size and dtypes of the model."""
     number = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))  # noqa: E731

@@ -27,7 +27,7 @@ from mlrl import prompts as prompts_lib
 from mlrl.batches import unannotated
 from mlrl.controllers import Controlled
 from mlrl.evaluation import AnyEvaluation, evaluator
-from mlrl.loops import checks, refill, stages
+from mlrl.loops import checks, dispatch, refill, stages
 from mlrl.loops import describe as describe_
 from mlrl.loops.start import Reference, StartFn, own_start, random_parameters
 from mlrl.loops.states import Program, abstract_state, initial_state
@@ -86,6 +86,8 @@ class Experiment:
     evaluations     what to measure on held-out prompts
     mesh            the devices, as a function, so that an experiment can be read without touching them
     rollout_mesh    mesh -> the same devices as rollouts split things over them, such as meshes.rearranged
+    steps_per_dispatch  K whole steps in one program, with task and reward in the graph; saving and evaluating, as all
+                    that is done every so many steps, come between
     """
 
     task: Task
@@ -117,6 +119,7 @@ class Experiment:
     evaluations: tuple[AnyEvaluation, ...] = ()
     mesh: Callable[[], jax.sharding.Mesh] = meshes.mesh
     rollout_mesh: Callable[[jax.sharding.Mesh], jax.sharding.Mesh] = meshes.same
+    steps_per_dispatch: int = 1
     recording: runs.Recording = runs.Recording()
     seed: int = 0
 
@@ -144,11 +147,13 @@ def train(experiment: Experiment, run: runs.Run) -> TrainState:
         state = run.restore_or(abstract_state(parts), lambda: initial_state(parts), mesh)
         evaluate = evaluator(experiment.evaluations, parts.model, experiment.rollout_fn, parts.reference_model)
         next_prompts, take_step = prompt_source(parts), step_function(parts, run)
+        each = experiment.steps_per_dispatch
+        dispatch.can_start(int(state.step), each)
         run.begin(experiment.task, experiment.num_steps, evaluate, state)
-        for step in range(int(state.step), experiment.num_steps):
+        for step in range(int(state.step), experiment.num_steps, each):
             prompts = next_prompts(state, step)
             state, metrics, batch = take_step(state, prompts)
-            run.record(state, step + 1, metrics, batch)
+            run.record(state, step + each, metrics, batch)
     return state
 
 
@@ -179,6 +184,7 @@ def prepare(experiment: Experiment) -> Parts:
     checks.sampling_fits(experiment.sampling, experiment.old_log_probs, reads)
     checks.buckets_cover(experiment.length_buckets, rollout.tokens.shape[1] - prompts.tokens.shape[1])
     checks.refill_fits(experiment, parts.reward.in_graph)
+    dispatch.fits(experiment, reward_in_graph=parts.reward.in_graph, one_mesh=stages.one_mesh(parts))
     jax.eval_shape(functools.partial(learn, parts), abstract_state(parts), prompts, rollout, rewards)
     return parts
 
@@ -201,13 +207,16 @@ def prompt_source(parts: Parts) -> Callable[..., Prompts]:
 
 def step_function(parts: Parts, run: runs.Run) -> Callable[[TrainState, Prompts], tuple[TrainState, Metrics, Batch]]:
     """The step: one program where the reward is in the graph and rollouts are on the mesh of the update, else several.
+
+    Of `steps_per_dispatch` steps the prompts are the first's, and metrics are of each. See `dispatch.dispatched`.
     """
     compiled, next_prompts = jitted(parts), prompt_source(parts)
     sample = compiled["rollout"]
     if "step" in compiled:
 
         def one_program(state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics, Batch]:
-            run.rehearse("rollout", lambda: sample(state, prompts))  # inside one program, phases cannot be timed
+            # Inside one program, phases cannot be timed.
+            run.rehearse("rollout", lambda: sample(state, prompts), steps=parts.experiment.steps_per_dispatch)
             return compiled["step"](state, prompts)
 
         return one_program
@@ -237,18 +246,30 @@ def jitted(parts: Parts) -> dict[str, Callable]:
     """What the loop compiles: the rollout, and the whole step or, where that is not one program, the update."""
     sample = stages.sampler(parts, sample_rows)
     if parts.reward.in_graph and stages.one_mesh(parts):
-        return {"rollout": sample, "step": jax.jit(functools.partial(whole_step, parts), donate_argnums=0)}
+        return {"rollout": sample, "step": jax.jit(whole_program(parts), donate_argnums=0)}
     return {"rollout": sample, "update": jax.jit(functools.partial(learn, parts), donate_argnums=0)}
 
 
 def programs(parts: Parts) -> dict[str, Program]:
-    """What the loop compiles, what it calls it with, and where. Moving between two meshes is left out."""
+    """What the loop compiles, what it calls it with, and where. Moving between two meshes is left out.
+
+    "step" is one step, also of an experiment that dispatches several at a time: each of those costs the same, and the
+    program that repeats it holds one more batch of rows.
+    """
+    parts = dataclasses.replace(parts, experiment=dataclasses.replace(parts.experiment, steps_per_dispatch=1))
     prompts, rollout, rewards = stages.abstract_rows(parts)
     state, (mesh, rollout_mesh) = abstract_state(parts), checks.meshes_of(parts.experiment)
     sample = jax.jit(functools.partial(sample_rows, parts))
     given = {"step": (state, prompts), "update": (state, prompts, rollout, rewards)}
     learned = {name: Program(f, given[name], mesh) for name, f in jitted(parts).items() if name in given}
     return {"rollout": Program(sample, (state, prompts), rollout_mesh), **learned}
+
+
+def whole_program(parts: Parts) -> dispatch.WholeStep:
+    """What is one program where that is possible: a whole step, or as many as are dispatched at once."""
+    whole, count = functools.partial(whole_step, parts), parts.experiment.steps_per_dispatch
+    next_prompts = prompt_source(parts)
+    return whole if count == 1 else dispatch.dispatched(whole, lambda state: next_prompts(state, state.step), count)
 
 
 def whole_step(parts: Parts, state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics, Batch]:
@@ -315,6 +336,7 @@ def describe(parts: Parts) -> str:
     (rows, columns), width = rollout.tokens.shape, prompts.tokens.shape[1]
     one_program = parts.reward.in_graph and stages.one_mesh(parts)
     programs = "the whole step" if one_program else "the rollout, and the update after the rewards"
+    programs += describe_.the_dispatch(experiment)
     reads = sorted(name for name in parts.reads if name in ("Batch.values", "Batch.reference_log_probs"))
     return describe_.table({
         "task": f"{task.name}: {', '.join(task.sources)}",
