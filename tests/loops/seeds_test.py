@@ -1,6 +1,7 @@
 """Seeds that are trained together are the runs that each would be alone."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -94,14 +95,18 @@ def test_each_seed_is_the_run_that_it_is_alone(two, tmp_path):
     assert all(a["grad_norm"] != b["grad_norm"] for a, b in zip(first[1:], second[1:], strict=True))
 
 
-def test_all_at_once_is_one_after_another():
-    parts = online.prepare(sums())
-    with meshes.use(parts.experiment.mesh()) as mesh:
-        starts = [online.initial_state(dataclasses.replace(parts, experiment=sums(seed))) for seed in (0, 1)]
-        (state, metrics, batch), (same, as_good, rows) = (
-            jax.device_get(seeds._step(parts, platform)(seeds._stacked(starts))) for platform in ("cpu", "gpu")
-        )
-        assert mesh.size == 1
+def test_all_at_once_is_one_after_another_on_several_devices():
+    split = functools.partial(meshes.mesh, data=1, fsdp=2, devices=2)
+    parts, made = online.prepare(sums(mesh=split)), []
+    with meshes.use(split()) as mesh:
+        each = [dataclasses.replace(parts, experiment=sums(seed, mesh=split)) for seed in (0, 1)]
+        starts = [online.initial_state(own) for own in each]
+        for platform in ("cpu", "gpu"):
+            do = seeds.programs(parts, mesh, platform)
+            states, *_ = do.step(do.stack(starts))
+            made.append(jax.device_get(do.step(states)))
+            assert do.step._cache_size() == 1, "states come out split otherwise than they went in"
+    (state, metrics, batch), (same, as_good, rows) = made
     np.testing.assert_array_equal(batch.rollout.tokens, rows.rollout.tokens)
     np.testing.assert_allclose(metrics["grad_norm"], as_good["grad_norm"], rtol=1e-5)
     close(state, same)
@@ -133,6 +138,17 @@ def test_seeds_go_on_bitwise_together_and_each_alone(two, tmp_path):
     assert int(alone(tmp_path / "seed_1", seed=1, num_steps=6).step) == 6
     with pytest.raises(Refused, match="different steps .seed_0 4, seed_1 6.: remove the checkpoints after step 4"):
         together(tmp_path, num_steps=6)
+
+
+def test_several_steps_of_several_seeds_are_one_program_too(two, tmp_path):
+    states, folder = two
+    for state, dispatched in zip(states, together(tmp_path, steps_per_dispatch=2), strict=True):
+        close(state, dispatched)
+    for seed in (0, 1):
+        lines, same = (logged(f / f"seed_{seed}") for f in (folder, tmp_path))
+        assert [[line.get(name) for name in ("step", *EXACT)] for line in lines] == [
+            [line.get(name) for name in ("step", *EXACT)] for line in same
+        ]
 
 
 def test_seeds_that_are_told_to_end_are_saved_at_the_same_step(tmp_path):
