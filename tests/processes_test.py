@@ -148,6 +148,7 @@ def test_two_processes_are_one_and_end_together_when_one_is_told_to(folder, alon
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_end_of_one_process_ends_all_and_another_number_goes_on(folder, alone):
     many = started(folder, "four", 4)
     wait_for_step("four", 2, many)

@@ -95,6 +95,7 @@ def test_each_seed_is_the_run_that_it_is_alone(two, tmp_path):
     assert all(a["grad_norm"] != b["grad_norm"] for a, b in zip(first[1:], second[1:], strict=True))
 
 
+@pytest.mark.slow
 def test_all_at_once_is_one_after_another_on_several_devices():
     split = functools.partial(meshes.mesh, data=1, fsdp=2, devices=2)
     parts, made = online.prepare(sums(mesh=split)), []

@@ -245,7 +245,9 @@ def test_knobs_bound_by_gin_reach_the_workers(tmp_path, monkeypatch):
         gin.clear_config()
 
 
-def test_an_interrupt_ends_the_workers_and_the_pool_still_works(pool):
+def test_an_interrupt_ends_the_workers_and_the_pool_still_works(pool, request):
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, heard))
     before = threading.active_count()
     slow = WorkerPool([behave], timeout_seconds=100.0, workers=2)
     timer = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT))
