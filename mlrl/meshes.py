@@ -213,9 +213,14 @@ def rows_from_host(rows: Any) -> Any:
     """
     if jax.process_count() == 1:
         return rows
-    place = lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])  # noqa: E731
-    rows = jax.tree.map(np.asarray, rows)
-    return jax.tree.map(place, rows, row_shardings(rows, jax.sharding.get_mesh()))
+
+    def placed(x: Any, sharding: NamedSharding) -> Array:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:  # a program made it: it is on the mesh already
+            return x
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(placed, rows, row_shardings(rows, jax.sharding.get_mesh()))
 
 
 def split(x: Array, *axes: str) -> Array:
