@@ -25,8 +25,6 @@ def none(layer: Layer, **how: Any) -> Layer:
 
 def dots(layer: Layer, **how: Any) -> Layer:
     """Keeps the products with kernels, [B,L,...], and not those of attention, [B,heads,L,L], nor what is elementwise.
-
-    Nearly as fast as `none`.
     """
     return nn.remat(layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable, **how)
 
