@@ -45,8 +45,13 @@ def join() -> None:
         with _failures_refused(given[names[0]]):
             jax.distributed.initialize(given[names[0]], int(numbers[0]), int(numbers[1]))
     elif os.environ.get("JAX_PLATFORMS") != "cpu":
-        with contextlib.suppress(ValueError):  # it knows of no cluster that this process is in
+        try:
             jax.distributed.initialize()
+        except ValueError:  # it knows of no cluster that this process is in
+            pass
+        except RuntimeError as error:  # JAX was used before, as in a notebook that calls mlrl.main: too late to join
+            if "must be called before" not in str(error):
+                raise
 
 
 @contextlib.contextmanager

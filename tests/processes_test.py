@@ -190,6 +190,21 @@ def test_an_environment_that_says_too_little_is_refused(monkeypatch, given, word
         processes.join()
 
 
+@pytest.mark.parametrize("error, raised", [
+    (ValueError("coordinator_address should be defined."), False),
+    (RuntimeError("jax.distributed.initialize() must be called before any JAX calls that might"), False),
+    (RuntimeError("DEADLINE_EXCEEDED: Barrier timed out"), True),
+])  # fmt: skip
+def test_a_machine_alone_joins_nothing_and_a_cluster_that_fails_is_told(monkeypatch, error, raised):
+    def initialize():
+        raise error
+
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(RuntimeError, match="Barrier") if raised else contextlib.nullcontext():
+        processes.join()
+
+
 def test_one_process_alone_has_all_shares():
     processes.join()  # nothing says that there are others
     assert processes.is_first() and processes.in_shares(3, lambda own: [i * i for i in own]) == [0, 1, 4]

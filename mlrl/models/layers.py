@@ -63,7 +63,7 @@ class Layers(nn.Module):
         (x, caches), written = carry, []
         for j in range(self.count):
             mask, cache = masks[_window(self.config, self.first + j)], caches[j] if caches else None
-            if caches and x.shape[1] == 1:  # decoding, which nobody differentiates: in place
+            if caches and x.shape[1] == 1:  # as in decoding: in place, with nothing worth computing twice
                 x, cache = self._layer(j, x, positions, mask, cache, column, period)
             else:
                 x, new = self._kept(j, bool(period))(self, x, positions, mask, _cut(cache, period), column)
