@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from mlrl import meshes
-from mlrl.models import remat
-from mlrl.models.attention import Cache, attend, soft_cap, within_window
+from mlrl.models import head, remat
+from mlrl.models.attention import Cache, attend, within_window
 from mlrl.models.layers import Layers, scanned, stream
 from mlrl.models.norms import RMSNorm
 from mlrl.models.projections import float_dtype
@@ -190,7 +190,7 @@ class Transformer(nn.Module):
                 nn.share_scope(self, self.rest)  # a model that is not scanned has its layers' parameters at the top
         self.final_norm = norm()
         if not c.tied_head:
-            self.head = nn.Dense(c.vocabulary_size, use_bias=False, **dtypes)
+            self.head = head.Kernel((c.width, c.vocabulary_size), dtypes["param_dtype"])
         if c.critic_layers:
             # Its output head is never called, and so has no parameters.
             self.critic = Transformer(dataclasses.replace(plain(c), layers=c.critic_layers, critic_layers=0))
@@ -237,8 +237,12 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Array) -> Array:
         """Hidden states [...,D] to unnormalized log-probabilities [...,V], always fp32."""
-        logits = self.embedding.attend(hidden) if self.config.tied_head else self.head(hidden)
-        return soft_cap(logits.astype(jnp.float32), self.config.logits_cap)
+        return head.logits(hidden, self.head_kernel(), self.config.logits_cap)
+
+    def head_kernel(self) -> Array:
+        """The output head's kernel [V,D], in the dtype of products; every device has the whole width of its tokens."""
+        kernel = self.embedding.embedding if self.config.tied_head else self.head().T
+        return meshes.split(kernel.astype(self.config.dtype), "vocabulary")
 
     def critic_hidden(self, tokens: Array, positions: Array, mask: Array, caches: tuple[Cache, ...] = (),
                       column: Array | int = 0) -> tuple[Array, tuple[Cache, ...]]:  # fmt: skip
