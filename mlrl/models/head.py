@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mlrl import axes
+from mlrl import axes, meshes
 from mlrl.models.attention import soft_cap
 from mlrl.types import Array
 
@@ -51,7 +51,11 @@ class Kernel(nn.Module):
 
 
 def logits(hidden: Array, kernel: Array, cap: float = 0.0) -> Array:
-    """soft_cap(h W^T), summed in float32. hidden [...,D], kernel [V,D], in one dtype -> [...,V]."""
+    """soft_cap(h W^T), summed in float32. hidden [...,D], kernel [V,D], in one dtype -> [...,V].
+
+    On a mesh every device has the whole width of its tokens for the product, as of other kernels.
+    """
+    kernel = meshes.split(kernel, "vocabulary")
     out = jnp.einsum("...d,vd->...v", hidden, kernel, preferred_element_type=jnp.float32)
     return soft_cap(out, cap)
 
@@ -123,7 +127,8 @@ def _backward(head: Head, kept: tuple, cotangents: tuple[Array, Array]) -> tuple
         more = jnp.einsum("btv,btd->vd", slope, hidden, preferred_element_type=jnp.float32)
         return to_hidden, _add_rows(to_kernel, more, start)
 
-    zeros = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(_by_shard(kernel).shape, jnp.float32)
+    to_kernel = meshes.split(jnp.zeros(_by_shard(kernel).shape, jnp.float32), "vocabulary", "", "width")
+    zeros = jnp.zeros(hidden.shape, jnp.float32), to_kernel
     to_hidden, to_kernel = _over_chunks(hidden, kernel, head, add, zeros, with_rows=True)
     return to_hidden.astype(hidden.dtype), to_kernel.reshape(kernel.shape).astype(kernel.dtype), None
 
@@ -158,7 +163,8 @@ def _over_chunks(hidden: Array, kernel: Array, head: Head, function, carry: tupl
     def visit(carry: tuple, number: Array | int) -> tuple[tuple, None]:
         first = number * wide
         start = jnp.minimum(first, size - wide)
-        rows = lax.dynamic_slice_in_dim(parts, start, wide, axis=1).reshape(shards * wide, -1)
+        rows = lax.dynamic_slice_in_dim(parts, start, wide, axis=1)
+        rows = meshes.split(rows, "vocabulary").reshape(shards * wide, -1)  # gathered along its width, but no more
         column = start + jnp.arange(wide)
         ids = (jnp.arange(shards)[:, None] * size + column).reshape(-1)
         new = jnp.broadcast_to(column >= first, (shards, wide)).reshape(-1)
@@ -181,5 +187,6 @@ def _by_shard(kernel: Array) -> Array:
 def _add_rows(total: Array, more: Array, start: Array) -> Array:
     """Adds [parts * C, D] to the rows of [parts, V / parts, D] from `start` on."""
     more = more.reshape(total.shape[0], -1, total.shape[2])
+    more = meshes.split(more, "vocabulary", "", "width")  # so that no device sums the gradient of the whole kernel
     there = lax.dynamic_slice_in_dim(total, start, more.shape[1], axis=1)
     return lax.dynamic_update_slice_in_dim(total, there + more, start, axis=1)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from mlrl import meshes
 from mlrl.models import head, remat
 from mlrl.models.attention import Cache, attend, within_window
+from mlrl.models.embedding import look_up
 from mlrl.models.layers import Layers, scanned, stream
 from mlrl.models.norms import RMSNorm
 from mlrl.models.projections import float_dtype
@@ -224,8 +225,7 @@ class Transformer(nn.Module):
     def _embedded(self, tokens: Array, positions: Array, columns: int) -> Array:
         """Tokens [B,L], and their positions where these are learned, as vectors [B,L,D]."""
         c = self.config
-        # The table is gathered along its width before the lookup, as kernels are before their products.
-        x = jnp.take(meshes.split(self.embedding.embedding, "vocabulary").astype(c.dtype), tokens, axis=0)
+        x = look_up(self.embedding.embedding, tokens).astype(c.dtype)
         if c.embedding_scale != 1.0:
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
         if not c.learned_positions:
@@ -240,9 +240,9 @@ class Transformer(nn.Module):
         return head.logits(hidden, self.head_kernel(), self.config.logits_cap)
 
     def head_kernel(self) -> Array:
-        """The output head's kernel [V,D], in the dtype of products; every device has the whole width of its tokens."""
+        """The output head's kernel [V,D], in the dtype of products."""
         kernel = self.embedding.embedding if self.config.tied_head else self.head().T
-        return meshes.split(kernel.astype(self.config.dtype), "vocabulary")
+        return kernel.astype(self.config.dtype)
 
     def critic_hidden(self, tokens: Array, positions: Array, mask: Array, caches: tuple[Cache, ...] = (),
                       column: Array | int = 0) -> tuple[Array, tuple[Cache, ...]]:  # fmt: skip
