@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from mlrl.types import Array
+from mlrl.types import Array, Refused
 
 
 class Environment(NamedTuple):
@@ -53,3 +53,13 @@ class Game(NamedTuple):
     outcome: Callable[[Any], Array]
     invalid: Callable[[Any], Array]
     observation_tokens: int
+
+
+OpponentFn = Callable[[Array, Any], tuple[Array, Array]]
+"""(key, state of a game) -> (tokens [A] int32, length int32): the move of a player who is not the policy and does not
+learn, such as one that plays at random, by minimax, or an equilibrium."""
+
+
+def itself(key: Array, state: Any) -> tuple[Array, Array]:
+    """Stands for the policy, which then plays both sides; it is never called."""
+    raise Refused("itself has no moves of its own: it stands for the policy in self_play.opponent")

@@ -325,7 +325,7 @@ def _attempt(reward: RewardFn, task: Task, rows: int) -> tuple[Rewards, Rollout,
     """The rewards of demonstrations of real prompts. Raises Refused with _ASKS_MODELS if they need models."""
     weights = jnp.asarray(task.rates, jnp.float32)
     prompts = prompts_lib.draw(task, jax.random.key(0), 0, rows, weights)
-    rollout = prompts_lib.demonstrations(task, jax.random.key(0), 0, rows, weights)
+    rollout = prompts_lib.played(prompts_lib.demonstrations(task, jax.random.key(0), 0, rows, weights))
 
     def unbound(*_, **__):
         raise Refused(_ASKS_MODELS)
