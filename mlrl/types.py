@@ -382,6 +382,21 @@ class CurriculumFn(NamedTuple):
     update: Callable[..., Any]
 
 
+class StatefulAdvantage(NamedTuple):
+    """An advantage function that remembers, as a pair with explicit state; jittable. For the online loop.
+
+    Stands where a plain advantage function may stand. Its state rides in TrainState.controllers, under `name`.
+
+    name    in the state and, behind "controller/", in the logs
+    init()  -> state, an array of any shape
+    update(state, batch) -> ((advantages [B,L], returns [B,L]), state)
+    """
+
+    name: str
+    init: Callable[[], Array]
+    update: Callable[[Array, Batch], tuple[tuple[Array, Array], Array]]
+
+
 RolloutFn = Callable[..., Rollout]  # (model, params, prompts, key, *, vocabulary, sampling, group_size, policy_version)
 AdvantageFn = Callable[[Batch], tuple[Array, Array]]  # batch -> (advantages [B,L], returns [B,L])
 SelectFn = Callable[[Batch], Array]  # batch -> keep [B] bool: rows that stay in the loss
