@@ -1,4 +1,5 @@
-"""Functions with a knob that a controller turns, and advantages that remember: TrainState.controllers is their state."""
+"""Functions with a knob that a controller turns, and advantages that remember; TrainState.controllers has their state.
+"""
 
 from __future__ import annotations
 
@@ -77,8 +78,8 @@ def initial(experiment: Any) -> dict[str, Array]:
 def require_no_memory(experiment: Any) -> None:
     """Raises Refused if the advantage function remembers, where nobody hands it the rows of every step."""
     if isinstance(experiment.advantage_fn, StatefulAdvantage):
-        raise Refused(f"Experiment.advantage_fn is {experiment.advantage_fn.name}, which remembers from step to step, as "
-                      "only the online loop lets it: choose another, such as @advantages.role_relative")  # fmt: skip
+        raise Refused(f"Experiment.advantage_fn is {experiment.advantage_fn.name}, which remembers from step to step, "
+                      "as only the online loop lets it: choose another, such as @advantages.role_relative")  # fmt: skip
 
 
 def bound(function: Callable | Controlled | StatefulAdvantage, states: Mapping[str, Array]) -> Callable:

@@ -53,7 +53,8 @@ def multi_turn(
       max_turns: K; an episode that is not over then is truncated.
       max_turn_tokens: T, an EOS included; a turn that fills them is handed to the environment without one.
     Returns: Rollout with B = N * group_size rows and L = P + K * T + (K - 1) * O columns. `earned` has each turn's
-      payment at its last token; `facts` counts the turns. Truncated: the episode was cut, or its last turn.
+      payment at its last token; `facts`: "turns", and "over" (1 where the environment ended the episode). Truncated:
+      the episode was cut, or its last turn was, which with turns of one token is always so.
     Raises: Refused, if the environment does not keep its promises, or the rows have no room.
     """
     require_whole("multi_turn", "max_turns", max_turns, 1)
@@ -113,7 +114,7 @@ def multi_turn(
     end = lax.while_loop(lambda carry: (carry.turn < max_turns) & jnp.any(carry.live), turn, start)
     columns = turns.packed(end.columns, max_turns * (steps + observed) - observed, pad_id)
     return turns.as_rows(prompts, columns, truncated=end.live | ~end.whole, policy_version=policy_version,
-                         facts={"turns": end.turns.astype(jnp.float32)})  # fmt: skip
+                         facts={"turns": end.turns.astype(jnp.float32), "over": 1.0 - end.live})  # fmt: skip
 
 
 class Episodes(NamedTuple):

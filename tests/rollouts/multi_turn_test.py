@@ -138,6 +138,7 @@ def test_an_episode_that_never_ends_is_cut_and_marked():
     endless = environment._replace(step=lambda *args: (*environment.step(*args)[:4], jnp.bool_(False)))
     rows = sample(environment=endless, max_turns=2)
     assert bool(rows.truncated.all()) and bool((rows.facts["turns"] == 2).all())
+    assert not bool(rows.facts["over"].any()) and bool(episodes().facts["over"].all())
 
 
 @pytest.mark.parametrize("changed, words", [
