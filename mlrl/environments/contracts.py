@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from mlrl.environments.nouns import Environment, Game
-from mlrl.types import Array, Refused, require_whole
+from mlrl.types import Array, Prompts, Refused, require_whole
 
 
-def check_environment(environment: Environment, example: Any, max_tokens: int) -> None:
+def check_environment(environment: Environment, prompts: Prompts, max_tokens: int) -> None:
     """Traces one episode's functions. Raises Refused, naming the one that returns something else than it should.
 
     Args:
-      example: of one prompt, arrays or their shapes.
+      prompts: arrays or their shapes.
       max_tokens: A.
     """
     if not isinstance(environment, Environment):
@@ -25,7 +25,8 @@ def check_environment(environment: Environment, example: Any, max_tokens: int) -
                       "makes one must be called (in Gin: @name())")  # fmt: skip
     observed = environment.observation_tokens
     require_whole("Environment", "observation_tokens", observed, 1)
-    state = _traced("Environment.reset", environment.reset, _key(), example)
+    given = jax.eval_shape(lambda rows: jax.tree.map(lambda x: x[0], environment.given(rows)), prompts)
+    state = _traced("Environment.reset", environment.reset, _key(), given)
     _arrays("Environment.reset", state)
     result = _traced("Environment.step", environment.step, state, *_move(max_tokens))
     if not isinstance(result, tuple) or len(result) != 5:

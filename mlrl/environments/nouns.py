@@ -12,23 +12,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from mlrl.types import Array, Refused
+from mlrl.types import Array, Prompts, Refused
+
+
+def examples(prompts: Prompts) -> Any:
+    """What the task offers for judging."""
+    return prompts.example
 
 
 class Environment(NamedTuple):
     """What answers one policy, turn by turn. The prompt is what the policy is told first.
 
-    reset        (key, example) -> state: a pytree of arrays. `example` is `Prompts.example` of this prompt, so that the
-                 environment can know its right answer
+    reset        (key, given) -> state: a pytree of arrays. What is given is `Prompts.example` of this prompt, so that
+                 the environment can know its right answer
     step         (state, tokens [A] int32, length int32) -> (state, observation [O] int32, observation length int32,
                  reward float32, done bool). Of `tokens` the first `length` were written, an EOS included where there is
                  one. What is observed when it is done is not read
     observation_tokens  O
+    given        Prompts -> what reset is given, with a row for each prompt
     """
 
     reset: Callable[[Array, Any], Any]
     step: Callable[[Any, Array, Array], tuple[Any, Array, Array, Array, Array]]
     observation_tokens: int
+    given: Callable[[Prompts], Any] = examples
 
 
 class Game(NamedTuple):

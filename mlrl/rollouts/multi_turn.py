@@ -59,8 +59,8 @@ def multi_turn(
     """
     require_whole("multi_turn", "max_turns", max_turns, 1)
     require_whole("multi_turn", "max_turn_tokens", max_turn_tokens, 1)
-    examples = prompts_lib.repeat(prompts, group_size).example
-    check_environment(environment, jax.eval_shape(lambda x: jax.tree.map(lambda y: y[0], x), examples), max_turn_tokens)
+    check_environment(environment, prompts, max_turn_tokens)
+    given = environment.given(prompts_lib.repeat(prompts, group_size))
     observed, steps, pad_id = environment.observation_tokens, max_turn_tokens, vocabulary.pad_id
     share = steps + 1 + observed  # of a turn in the cache, where its last token stands before the observation
     (n, width), more = prompts.tokens.shape, max_turns * share - 1 - observed
@@ -107,7 +107,7 @@ def multi_turn(
         turn=jnp.int32(0), hidden=each(hidden), caches=widen_caches(caches, group_size, more),
         seen=jnp.pad(each(prompts.valid), ((0, 0), (0, more))),
         lengths=jnp.sum(each(prompts.valid), axis=1, dtype=jnp.int32),
-        state=jax.tree.map(jnp.asarray, jax.vmap(environment.reset)(environment_keys, examples)), live=~no, whole=no,
+        state=jax.tree.map(jnp.asarray, jax.vmap(environment.reset)(environment_keys, given)), live=~no, whole=no,
         turns=jnp.zeros(rows.shape, jnp.int32),
         columns=turns.no_columns(rows.size, max_turns * (steps + observed), pad_id),
     )  # fmt: skip
