@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -60,61 +61,36 @@ def multi_turn(
     require_whole("multi_turn", "max_turns", max_turns, 1)
     require_whole("multi_turn", "max_turn_tokens", max_turn_tokens, 1)
     check_environment(environment, prompts, max_turn_tokens)
-    given = environment.given(prompts_lib.repeat(prompts, group_size))
     observed, steps, pad_id = environment.observation_tokens, max_turn_tokens, vocabulary.pad_id
-    share = steps + 1 + observed  # of a turn in the cache, where its last token stands before the observation
-    (n, width), more = prompts.tokens.shape, max_turns * share - 1 - observed
+    width, rows = prompts.tokens.shape[1], jnp.arange(prompts.tokens.shape[0] * group_size)
+    more = max_turns * (steps + 1 + observed) - 1 - observed
     turns.check_positions(model, width + more, "multi_turn.max_turns or max_turn_tokens")
-    rows = jnp.arange(n * group_size)
     choose = generation.chooser(model, params, key, sampling, tuple(vocabulary.eos_ids))
-    step = jax.vmap(environment.step)
-
-    def turn(carry: Episodes) -> Episodes:
-        k, column = carry.turn, width + carry.turn * share
-        wrote = generation.decode(
-            model, params, choose, carry.hidden, carry.caches, seen=carry.seen, column=column, lengths=carry.lengths,
-            rows=rows, first_step=k * steps, steps=steps, pad_id=pad_id, silent=~carry.live,
-        )  # fmt: skip
-        state, told, count, reward, done = step(carry.state, wrote.tokens, wrote.lengths)
-        live = carry.live & ~done
-        goes_on = live & (k + 1 < max_turns)
-        count = jnp.where(goes_on, jnp.clip(count, 0, observed), 0).astype(jnp.int32)
-        at = k * (steps + observed)
-        columns = turns.put(carry.columns, at, wrote.tokens, wrote.lengths, turn=k, log_probs=wrote.log_probs,
-                            earned=jnp.where(carry.live, reward, 0.0))  # fmt: skip
-        columns = turns.put(columns, at + steps, told, count, turn=k + 1)
-        carry = carry._replace(
-            turn=k + 1, caches=wrote.caches, state=turns.chosen(carry.live, state, carry.state), live=live,
-            whole=jnp.where(carry.live, wrote.ended, carry.whole), turns=carry.turns + carry.live,
-            lengths=carry.lengths + wrote.lengths, columns=columns,
-        )  # fmt: skip
-        last = jnp.take_along_axis(wrote.tokens, jnp.maximum(wrote.lengths - 1, 0)[:, None], axis=1)[:, 0]
-        mine = jnp.arange(width + more)[None] - column
-        before = carry.seen | ((mine >= 0) & (mine < wrote.lengths[:, None] - 1))
-
-        def listen(carry: Episodes) -> Episodes:
-            hidden, caches, seen = turns.read(model, params, carry.caches, last, told, count, seen=before,
-                                              lengths=carry.lengths, column=column + steps)  # fmt: skip
-            return carry._replace(hidden=hidden, caches=caches, seen=seen, lengths=carry.lengths + count)
-
-        return carry if max_turns == 1 else lax.cond(jnp.any(goes_on), listen, lambda carry: carry, carry)
-
-    hidden, caches = prefill(model, params, prompts)
-    each = lambda x: jnp.repeat(x, group_size, axis=0)  # noqa: E731
-    environment_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, turns.ENVIRONMENT), rows)
-    no = jnp.zeros(rows.shape, bool)
-    start = Episodes(
-        turn=jnp.int32(0), hidden=each(hidden), caches=widen_caches(caches, group_size, more),
-        seen=jnp.pad(each(prompts.valid), ((0, 0), (0, more))),
-        lengths=jnp.sum(each(prompts.valid), axis=1, dtype=jnp.int32),
-        state=jax.tree.map(jnp.asarray, jax.vmap(environment.reset)(environment_keys, given)), live=~no, whole=no,
-        turns=jnp.zeros(rows.shape, jnp.int32),
-        columns=turns.no_columns(rows.size, max_turns * (steps + observed), pad_id),
+    setting = Setting(model, params, choose, environment, rows, width, steps, max_turns, pad_id)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, turns.ENVIRONMENT), rows)
+    state = jax.vmap(environment.reset)(keys, environment.given(prompts_lib.repeat(prompts, group_size)))
+    end = lax.while_loop(
+        lambda episodes: (episodes.turn < max_turns) & jnp.any(episodes.live),
+        lambda episodes: _continued(setting, episodes),
+        _start(setting, prompts, jax.tree.map(jnp.asarray, state), more=more),
     )  # fmt: skip
-    end = lax.while_loop(lambda carry: (carry.turn < max_turns) & jnp.any(carry.live), turn, start)
     columns = turns.packed(end.columns, max_turns * (steps + observed) - observed, pad_id)
     return turns.as_rows(prompts, columns, truncated=end.live | ~end.whole, policy_version=policy_version,
                          facts={"turns": end.turns.astype(jnp.float32), "over": 1.0 - end.live})  # fmt: skip
+
+
+class Setting(NamedTuple):
+    """What stays the same from turn to turn: `choose` from generation.chooser, `rows` [B], P = width, T = steps."""
+
+    model: Transformer
+    params: Params
+    choose: Callable[..., tuple[Array, Array, Array]]
+    environment: Environment
+    rows: Array
+    width: int
+    steps: int
+    max_turns: int
+    pad_id: int
 
 
 class Episodes(NamedTuple):
@@ -142,3 +118,52 @@ class Episodes(NamedTuple):
     whole: Array
     turns: Array
     columns: turns.Columns
+
+
+def _start(setting: Setting, prompts: Prompts, state: Any, *, more: int) -> Episodes:
+    """Before the first turn: prompts are read, and there are `more` empty columns behind each."""
+    hidden, caches = prefill(setting.model, setting.params, prompts)
+    rows, group_size = setting.rows.size, setting.rows.size // prompts.tokens.shape[0]
+    valid, no = jnp.repeat(prompts.valid, group_size, axis=0), jnp.zeros((rows,), bool)
+    columns = setting.max_turns * (setting.steps + setting.environment.observation_tokens)
+    return Episodes(
+        turn=jnp.int32(0), hidden=jnp.repeat(hidden, group_size, axis=0), caches=widen_caches(caches, group_size, more),
+        seen=jnp.pad(valid, ((0, 0), (0, more))), lengths=jnp.sum(valid, axis=1, dtype=jnp.int32),
+        state=state, live=~no, whole=no, turns=jnp.zeros((rows,), jnp.int32), columns=turns.no_columns(rows, columns, setting.pad_id),
+    )  # fmt: skip
+
+
+def _continued(setting: Setting, episodes: Episodes) -> Episodes:
+    """After one more turn of every episode that goes on: the policy writes, the environment answers, rows read that."""
+    k, steps, observed = episodes.turn, setting.steps, setting.environment.observation_tokens
+    column = setting.width + k * (steps + 1 + observed)  # a turn's last token stands again before the observation
+    wrote = generation.decode(
+        setting.model, setting.params, setting.choose, episodes.hidden, episodes.caches, seen=episodes.seen,
+        column=column, lengths=episodes.lengths, rows=setting.rows, first_step=k * steps, steps=steps,
+        pad_id=setting.pad_id, silent=~episodes.live,
+    )  # fmt: skip
+    answer = jax.vmap(setting.environment.step)(episodes.state, wrote.tokens, wrote.lengths)
+    state, told, count, reward, done = answer
+    live = episodes.live & ~done
+    goes_on = live & (k + 1 < setting.max_turns)
+    count = jnp.where(goes_on, jnp.clip(count, 0, observed), 0).astype(jnp.int32)
+    at = k * (steps + observed)
+    columns = turns.put(episodes.columns, at, wrote.tokens, wrote.lengths, turn=k, log_probs=wrote.log_probs,
+                        earned=jnp.where(episodes.live, reward, 0.0))  # fmt: skip
+    after = episodes._replace(
+        turn=k + 1, caches=wrote.caches, state=turns.chosen(episodes.live, state, episodes.state), live=live,
+        whole=jnp.where(episodes.live, wrote.ended, episodes.whole), turns=episodes.turns + episodes.live,
+        lengths=episodes.lengths + wrote.lengths, columns=turns.put(columns, at + steps, told, count, turn=k + 1),
+    )  # fmt: skip
+    if setting.max_turns == 1:
+        return after
+    last = jnp.take_along_axis(wrote.tokens, jnp.maximum(wrote.lengths - 1, 0)[:, None], axis=1)[:, 0]
+    mine = jnp.arange(episodes.seen.shape[1])[None] - column
+    before = episodes.seen | ((mine >= 0) & (mine < wrote.lengths[:, None] - 1))
+
+    def listened(after: Episodes) -> Episodes:
+        hidden, caches, seen = turns.read(setting.model, setting.params, after.caches, last, told, count, seen=before,
+                                          lengths=after.lengths, column=column + steps)  # fmt: skip
+        return after._replace(hidden=hidden, caches=caches, seen=seen, lengths=after.lengths + count)
+
+    return lax.cond(jnp.any(goes_on), listened, lambda after: after, after)

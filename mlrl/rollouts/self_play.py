@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -74,67 +75,53 @@ def self_play(
     fixed = inspect.unwrap(opponent) is not itself
     if fixed:
         check_moves(opponent, game, max_move_tokens)
-    observed, steps, pad_id = game.observation_tokens, max_move_tokens, vocabulary.pad_id
-    share, each = 1 + observed + steps, max_moves_each or -(-max_moves // 2)  # of a move in the cache; H
+    observed, steps, each = game.observation_tokens, max_move_tokens, max_moves_each or -(-max_moves // 2)
     (n, width), per_prompt = prompts.tokens.shape, max(1, group_size // 2)
+    share = 1 + observed + steps  # of a move in the cache
     turns.check_positions(model, width + max_moves * share, "self_play.max_moves or max_move_tokens")
     number = jnp.arange(n * per_prompt)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, turns.ENVIRONMENT), number)
     choose = generation.chooser(model, params, key, sampling, tuple(vocabulary.eos_ids))
-    of = lambda x, player: jnp.take_along_axis(x, player.reshape(-1, *[1] * (x.ndim - 1)), axis=1)[:, 0]  # noqa: E731
-    game_key = jax.random.fold_in(key, turns.ENVIRONMENT)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(game_key, number)
-    seat = (number + 1) % 2  # of a fixed opponent
-
-    def move(carry: Games) -> Games:
-        m, column = carry.move, width + carry.move * share
-        mover = jnp.clip(jax.vmap(game.player)(carry.state), 0, 1)
-        live = carry.live & (of(carry.moves, mover) < each)
-        acts = live & (mover != seat) if fixed else live
-        told, count = jax.vmap(game.observation)(carry.state)
-        count = jnp.where(live, jnp.clip(count, 0, observed), 0).astype(jnp.int32)
-        hidden, caches, seen = turns.read(
-            model, params, carry.caches, of(carry.last, mover), told, count, seen=of(carry.seen, mover),
-            lengths=of(carry.lengths, mover), column=column,
-        )  # fmt: skip
-        before = of(carry.lengths, mover) + count
-        wrote = generation.decode(
-            model, params, choose, hidden, caches, seen=seen, column=column + 1 + observed, lengths=before,
-            rows=number * 2 + mover if group_size > 1 else number, first_step=m * steps, steps=steps, pad_id=pad_id,
-            silent=~acts,
-        )  # fmt: skip
-        tokens, written = wrote.tokens, wrote.lengths
-        if fixed:
-            move_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1 + m))(keys)
-            theirs, length = jax.vmap(opponent)(move_keys, carry.state)
-            tokens = jnp.where((live & ~acts)[:, None], theirs, tokens)
-            written = jnp.where(live & ~acts, jnp.clip(length, 0, steps), written).astype(jnp.int32)
-        state = turns.chosen(live, jax.vmap(game.step)(carry.state, tokens, written), carry.state)
-        at = m * (observed + steps)
-        columns = turns.put(carry.columns, at, told, count, turn=of(carry.moves, mover))
-        columns = turns.put(columns, at + observed, tokens, written, turn=of(carry.moves, mover),
-                            log_probs=wrote.log_probs, acted=acts)  # fmt: skip
-        last = jnp.take_along_axis(tokens, jnp.maximum(written - 1, 0)[:, None], axis=1)[:, 0]
-        mine = jnp.arange(seen.shape[1])[None] - (column + 1 + observed)
-        seen |= (mine >= 0) & (mine < written[:, None] - 1)
-        moved = live & (written > 0)  # a fixed opponent may say nothing, and then has no last token
-        moving = (jnp.arange(2)[None] == mover[:, None]) & moved[:, None]
-        return Games(
-            move=m + 1, caches=wrote.caches, state=state, live=live & ~jax.vmap(game.done)(state),
-            last=jnp.where(moving, last[:, None], carry.last),
-            seen=jnp.where(moving[:, :, None], seen[:, None], carry.seen),
-            lengths=jnp.where(moving, (before + written)[:, None], carry.lengths),
-            moves=carry.moves + ((jnp.arange(2)[None] == mover[:, None]) & live[:, None]),
-            mover=lax.dynamic_update_slice(carry.mover, mover[:, None].astype(jnp.int32), (0, m)), columns=columns,
-        )  # fmt: skip
-
-    start = _start(model, params, prompts, jax.vmap(game.reset)(keys), jax.vmap(game.done), per_prompt=per_prompt,
-                   max_moves=max_moves, share=share, pad_id=pad_id)  # fmt: skip
-    end = lax.while_loop(lambda carry: (carry.move < max_moves) & jnp.any(carry.live), move, start)
-    rows = _views(end, game, max_moves, each * (observed + steps), pad_id)
+    rules = Rules(
+        model, params, choose, game, opponent, keys,
+        rows=2 * number[:, None] + jnp.arange(2) if group_size > 1 else jnp.stack([number, number], axis=1),
+        seat=(number + 1) % 2 if fixed else jnp.full_like(number, -1), width=width, observed=observed, steps=steps,
+        each=each, pad_id=vocabulary.pad_id,
+    )  # fmt: skip
+    start = _start(rules, prompts, per_prompt=per_prompt, max_moves=max_moves)
+    end = lax.while_loop(
+        lambda games: (games.move < max_moves) & jnp.any(games.live), lambda games: _moved(rules, games, fixed), start)
+    rows = _views(rules, end, max_moves)
     if group_size == 1:
         rows = jax.tree.map(lambda x: x[jnp.arange(n) * 2 + jnp.arange(n) % 2], rows)
     columns, role, truncated, facts = rows
     return turns.as_rows(prompts, columns, role=role, truncated=truncated, policy_version=policy_version, facts=facts)
+
+
+class Rules(NamedTuple):
+    """What stays the same from move to move, of E games.
+
+    choose    from generation.chooser
+    keys      [E]    of the games
+    rows      [E,2]  which rows the players' views are
+    seat      [E]    which player is a fixed opponent, -1: none
+    width     P      columns of a prompt
+    observed  O      steps  A      each  H
+    """
+
+    model: Transformer
+    params: Params
+    choose: Callable[..., tuple[Array, Array, Array]]
+    game: Game
+    opponent: OpponentFn
+    keys: Array
+    rows: Array
+    seat: Array
+    width: int
+    observed: int
+    steps: int
+    each: int
+    pad_id: int
 
 
 class Games(NamedTuple):
@@ -164,39 +151,87 @@ class Games(NamedTuple):
     columns: turns.Columns
 
 
-def _start(model: Transformer, params: Params, prompts: Prompts, state: Any, done: Any, *, per_prompt: int,
-           max_moves: int, share: int, pad_id: int) -> Games:  # fmt: skip
+def _start(rules: Rules, prompts: Prompts, *, per_prompt: int, max_moves: int) -> Games:
     """Before the first move: both players have read the prompt, but for its last token."""
-    _, caches = prefill(model, params, prompts)
-    state = jax.tree.map(jnp.asarray, state)
+    _, caches = prefill(rules.model, rules.params, prompts)
+    state = jax.tree.map(jnp.asarray, jax.vmap(rules.game.reset)(rules.keys))
     valid, tokens = (jnp.repeat(x, per_prompt, axis=0) for x in (prompts.valid, prompts.tokens))
     both = lambda x: jnp.stack([x, x], axis=1)  # noqa: E731
-    games, more = tokens.shape[0], max_moves * share
+    games, columns = tokens.shape[0], rules.observed + rules.steps
+    more = max_moves * (1 + columns)
     return Games(
-        move=jnp.int32(0), caches=widen_caches(caches, per_prompt, more), state=state, live=~done(state),
-        last=both(tokens[:, -1]), seen=both(jnp.pad(valid.at[:, -1].set(False), ((0, 0), (0, more)))),
+        move=jnp.int32(0), caches=widen_caches(caches, per_prompt, more), state=state,
+        live=~jax.vmap(rules.game.done)(state), last=both(tokens[:, -1]),
+        seen=both(jnp.pad(valid.at[:, -1].set(False), ((0, 0), (0, more)))),
         lengths=both(jnp.sum(valid, axis=1, dtype=jnp.int32)), moves=jnp.zeros((games, 2), jnp.int32),
         mover=jnp.full((games, max_moves), -1, jnp.int32),
-        columns=turns.no_columns(games, max_moves * (share - 1), pad_id),
+        columns=turns.no_columns(games, max_moves * columns, rules.pad_id),
     )  # fmt: skip
 
 
-def _views(end: Games, game: Game, max_moves: int, width: int, pad_id: int) -> tuple[turns.Columns, Array, Array, dict]:
-    """(columns [2 E, width], role, truncated, facts) of both players' rows of every game, player 0 first."""
+def _moved(rules: Rules, games: Games, fixed: bool) -> Games:
+    """After one more move of every game that goes on: the mover is told what is new, and writes."""
+    game, observed, steps, m = rules.game, rules.observed, rules.steps, games.move
+    mover = jnp.clip(jax.vmap(game.player)(games.state), 0, 1)
+    of = lambda x: jnp.take_along_axis(x, mover.reshape(-1, *[1] * (x.ndim - 1)), axis=1)[:, 0]  # noqa: E731
+    live = games.live & (of(games.moves) < rules.each)
+    acts = live & (mover != rules.seat)
+    told, count = jax.vmap(game.observation)(games.state)
+    count = jnp.where(live, jnp.clip(count, 0, observed), 0).astype(jnp.int32)
+    column = rules.width + m * (1 + observed + steps)
+    hidden, caches, seen = turns.read(
+        rules.model, rules.params, games.caches, of(games.last), told, count, seen=of(games.seen),
+        lengths=of(games.lengths), column=column,
+    )  # fmt: skip
+    before, column = of(games.lengths) + count, column + 1 + observed
+    wrote = generation.decode(
+        rules.model, rules.params, rules.choose, hidden, caches, seen=seen, column=column, lengths=before,
+        rows=of(rules.rows), first_step=m * steps, steps=steps, pad_id=rules.pad_id, silent=~acts,
+    )  # fmt: skip
+    tokens, written = _with_opponent(rules, games, live & ~acts, wrote) if fixed else (wrote.tokens, wrote.lengths)
+    state = turns.chosen(live, jax.vmap(game.step)(games.state, tokens, written), games.state)
+    at, turn = m * (observed + steps), of(games.moves)
+    columns = turns.put(games.columns, at, told, count, turn=turn)
+    columns = turns.put(columns, at + observed, tokens, written, turn=turn, log_probs=wrote.log_probs, acted=acts)
+    last = jnp.take_along_axis(tokens, jnp.maximum(written - 1, 0)[:, None], axis=1)[:, 0]
+    mine = jnp.arange(seen.shape[1])[None] - column
+    seen |= (mine >= 0) & (mine < written[:, None] - 1)
+    moving = (jnp.arange(2)[None] == mover[:, None]) & live[:, None]
+    speaking = moving & (written > 0)[:, None]  # a fixed opponent may say nothing; nobody reads its row
+    return Games(
+        move=m + 1, caches=wrote.caches, state=state, live=live & ~jax.vmap(game.done)(state),
+        last=jnp.where(speaking, last[:, None], games.last),
+        seen=jnp.where(speaking[:, :, None], seen[:, None], games.seen),
+        lengths=jnp.where(speaking, (before + written)[:, None], games.lengths), moves=games.moves + moving,
+        mover=lax.dynamic_update_slice(games.mover, mover[:, None].astype(jnp.int32), (0, m)), columns=columns,
+    )  # fmt: skip
+
+
+def _with_opponent(rules: Rules, games: Games, theirs: Array, wrote: generation.Written) -> tuple[Array, Array]:
+    """(tokens [E,A], lengths [E]) of all movers, a fixed opponent's where the move is `theirs` [E]."""
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, 1 + games.move))(rules.keys)
+    tokens, lengths = jax.vmap(rules.opponent)(keys, games.state)
+    lengths = jnp.where(theirs, jnp.clip(lengths, 0, rules.steps), wrote.lengths).astype(jnp.int32)
+    return jnp.where(theirs[:, None], tokens, wrote.tokens), lengths
+
+
+def _views(rules: Rules, end: Games, max_moves: int) -> tuple[turns.Columns, Array, Array, dict[str, Array]]:
+    """(columns [2 E, H * (O + A)], role, truncated, facts) of both players' rows of every game, player 0 first."""
     games, total = end.columns.tokens.shape
     player = jnp.tile(jnp.arange(2), games)
     double = lambda x: jnp.repeat(x, 2, axis=0)  # noqa: E731
     columns = turns.Columns(*map(double, end.columns))
     mine = jnp.repeat(double(end.mover) == player[:, None], total // max_moves, axis=1)
     action = columns.action_mask & mine
-    over = jax.vmap(game.done)(end.state)
-    outcome = jnp.where(over[:, None], jax.vmap(game.outcome)(end.state), 0.0).reshape(-1)
+    over = jax.vmap(rules.game.done)(end.state)
+    outcome = jnp.where(over[:, None], jax.vmap(rules.game.outcome)(end.state), 0.0).reshape(-1)
     place = jnp.max(jnp.where(action, jnp.arange(total), -1), axis=1)
     columns = columns._replace(
         valid=columns.valid & mine, action_mask=action,
         earned=jnp.where(jnp.arange(total)[None] == place[:, None], outcome[:, None], 0.0),
     )  # fmt: skip
-    broke = double(jnp.where(over, jax.vmap(game.invalid)(end.state), -1)) == player
+    broke = double(jnp.where(over, jax.vmap(rules.game.invalid)(end.state), -1)) == player
     number = lambda x: x.astype(jnp.float32)  # noqa: E731
     facts = {"moves": number(end.moves.reshape(-1)), "invalid": number(broke), "won": number(outcome > 0)}
-    return turns.packed(columns, width, pad_id), player, double(~over), facts
+    width = rules.each * (rules.observed + rules.steps)
+    return turns.packed(columns, width, rules.pad_id), player, double(~over), facts
