@@ -129,7 +129,8 @@ def _start(setting: Setting, prompts: Prompts, state: Any, *, more: int) -> Epis
     return Episodes(
         turn=jnp.int32(0), hidden=jnp.repeat(hidden, group_size, axis=0), caches=widen_caches(caches, group_size, more),
         seen=jnp.pad(valid, ((0, 0), (0, more))), lengths=jnp.sum(valid, axis=1, dtype=jnp.int32),
-        state=state, live=~no, whole=no, turns=jnp.zeros((rows,), jnp.int32), columns=turns.no_columns(rows, columns, setting.pad_id),
+        state=state, live=~no, whole=no, turns=jnp.zeros((rows,), jnp.int32),
+        columns=turns.no_columns(rows, columns, setting.pad_id),
     )  # fmt: skip
 
 
