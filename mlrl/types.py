@@ -169,12 +169,14 @@ class Scores:
     values    [B,L] float32  the value head's or critic's estimate of the return *before* each token is
                              chosen (0 everywhere for a model without one)
     logits    [B,L,V] float32  of the distribution each token was drawn from; () unless a loss reads it
+    top       of that distribution, its likeliest tokens; () unless asked for
     """
 
     log_probs: Array
     entropy: Array
     values: Array
     logits: Any = ()
+    top: Any = ()
 
     def check(self) -> Scores:
         """Returns itself, or raises Refused naming the field whose shape or dtype is wrong."""

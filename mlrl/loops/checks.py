@@ -81,7 +81,8 @@ def rows_divide(experiment: Any, rows: int, unit_rows: int = 1) -> None:
             raise Refused(f"Experiment.{name} must be a whole number, got {getattr(experiment, name)!r}")
         if getattr(experiment, name, 1) < 1:
             raise Refused(f"Experiment.{name} must be at least 1, got {getattr(experiment, name)}")
-    require_whole("Experiment", "seed", experiment.seed, 0)
+    for name in ("seed", "score_chunk_columns", "score_chunk_vocabulary"):
+        require_whole("Experiment", name, getattr(experiment, name), 0)
     minibatches = getattr(experiment, "minibatches", 1)
     check_division(rows, minibatches, experiment.micro_batch_rows, unit_rows)
     mesh, rollout_mesh = meshes_of(experiment)

@@ -89,6 +89,7 @@ class Experiment:
     epochs: int = 1
     micro_batch_rows: int = 0
     score_chunk_columns: int = 0
+    score_chunk_vocabulary: int = 0
     rollout_fn: RolloutFn = single_turn
     sampling: Sampling = Sampling()
     advantage_fn: AdvantageFn | Controlled = advantages.reinforce

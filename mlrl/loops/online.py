@@ -77,6 +77,8 @@ class Experiment:
     old_log_probs   the ratio's denominator: as recorded by the sampler, or recomputed
     length_buckets  widths of completions, in tokens, ascending: micro-batches are filled by length and cut to the least
                     of these that holds them; the last must hold all. (): every micro-batch is as wide as the rollout
+    score_chunk_columns, score_chunk_vocabulary  score so many columns, or tokens of the vocabulary, at a time, so that
+                    memory does not grow with their number; 0: all at once. See scoring.score
     forward         how the learner reads rows: each prompt once for its whole group, or every row whole
     optimizer       an optax transformation
     curriculum      sampling weights over the task's sources
@@ -115,6 +117,7 @@ class Experiment:
     length_buckets: tuple[int, ...] = ()
     forward: scoring.Forward = scoring.shared_prompts()
     score_chunk_columns: int = 0
+    score_chunk_vocabulary: int = 0
     start: StartFn = random_parameters
     reference: Reference = own_start()
     reference_tokens: int = 0

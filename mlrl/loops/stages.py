@@ -96,16 +96,16 @@ def bound(parts: Parts, states: dict[str, Array]) -> tuple[tuple[LossFn, ...], A
     return losses, controllers.bound(parts.experiment.advantage_fn, states)
 
 
-def score(parts: Parts, prompt_columns: int, model: Transformer, params: Params, rollout: Rollout, *,
-          with_logits: bool = False) -> Scores:  # fmt: skip
+def score(parts: Parts, prompt_columns: int, model: Transformer, params: Params, rollout: Rollout,
+          **more: Any) -> Scores:  # fmt: skip
     """The learner's forward pass, at the sampler's temperature; the prompts' columns are not scored."""
-    return scoring.score(model, params, rollout, first_column=prompt_columns, with_logits=with_logits,
-                         **_settings(parts.experiment))  # fmt: skip
+    return scoring.score(model, params, rollout, first_column=prompt_columns, **_settings(parts.experiment), **more)
 
 
 def _settings(experiment: Any) -> dict[str, Any]:
     """What every score of an experiment is made with."""
-    return {"temperature": experiment.sampling.temperature, "chunk_columns": experiment.score_chunk_columns}
+    return {"temperature": experiment.sampling.temperature, "chunk_columns": experiment.score_chunk_columns,
+            "chunk_vocabulary": experiment.score_chunk_vocabulary}  # fmt: skip
 
 
 def forward(parts: Any, prompts: Prompts) -> scoring.Forward:
@@ -129,12 +129,13 @@ def annotate(parts: Parts, state: TrainState, batch: Batch, score: ScoreFn) -> B
     if "Batch.values" in parts.reads:
         batch = batch.replace(values=current(batch.rollout).values)
     if reads_reference(parts):
-        whole = reads_distribution(parts)
-        said = score(parts.reference_model, lora.reference(state), batch.rollout, with_logits=whole)
+        tokens = parts.experiment.reference_tokens
+        asked = {"top_tokens": tokens} if tokens else {"with_logits": True}
+        asked = asked if reads_distribution(parts) else {}
+        said = score(parts.reference_model, lora.reference(state), batch.rollout, **asked)
         batch = batch.replace(reference_log_probs=said.log_probs)
-        if whole:
-            kept = likeliest(said.logits, parts.experiment.reference_tokens)
-            batch = batch.replace(reference_distribution=kept)
+        if asked:
+            batch = batch.replace(reference_distribution=said.top if tokens else every_token(said.logits))
     return jax.lax.stop_gradient(batch)
 
 
@@ -143,13 +144,10 @@ def reads_distribution(parts: Parts) -> bool:
     return any(name.startswith("Batch.reference_distribution") for name in parts.reads)
 
 
-def likeliest(logits: Array, tokens: int) -> Distribution:
-    """The `tokens` likeliest tokens of each position and their log-probs; 0: the whole vocabulary, in its order."""
-    log_probs = jax.nn.log_softmax(logits, axis=-1)
-    if tokens == 0:
-        return Distribution(jnp.broadcast_to(jnp.arange(logits.shape[-1]), logits.shape), log_probs)
-    top, ids = jax.lax.top_k(log_probs, tokens)
-    return Distribution(ids, top)
+def every_token(logits: Array) -> Distribution:
+    """The log-probs of the whole vocabulary, in its order."""
+    ids = jnp.broadcast_to(jnp.arange(logits.shape[-1]), logits.shape)
+    return Distribution(ids, jax.nn.log_softmax(logits, axis=-1))
 
 
 def models(parts: Parts, state: TrainState) -> Models:
