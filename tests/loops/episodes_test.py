@@ -45,13 +45,10 @@ PAID = dict(reward_fn=graph.from_environment, evaluations=())
 
 
 @pytest.mark.parametrize("changes", [
-    dict(rollout_fn=TURNS),
-    dict(rollout_fn=TURNS, reward_fn=combinators.weighted_sum([graph.from_environment, graph.length_tokens], [1, -1])),
-    dict(rollout_fn=TURNS, reward_fn=worlds.first_digit, advantage_fn=advantages.turn_level),
+    dict(rollout_fn=TURNS, advantage_fn=advantages.turn_level, length_buckets=(3, 7), micro_batch_rows=4,
+         reward_fn=combinators.weighted_sum([graph.from_environment, graph.length_tokens], [1, -1])),
     dict(rollout_fn=functools.partial(with_greedy_row, rollout_fn=TURNS)),
-    dict(rollout_fn=TURNS, length_buckets=(3, 7), micro_batch_rows=4),
-    dict(rollout_fn=GAMES, advantage_fn=advantages.role_conditioned()),
-    dict(rollout_fn=GAMES, max_attempts=2),
+    dict(rollout_fn=GAMES, advantage_fn=advantages.role_conditioned(), max_attempts=2),
 ])  # fmt: skip
 def test_what_works_is_prepared(changes):
     parts = online.prepare(worlds.sums(**PAID | changes))
