@@ -265,11 +265,10 @@ def programs(parts: Parts) -> dict[str, Program]:
     """
     parts = dataclasses.replace(parts, experiment=dataclasses.replace(parts.experiment, steps_per_dispatch=1))
     prompts, rollout, rewards = stages.abstract_rows(parts)
-    state, (mesh, rollout_mesh) = abstract_state(parts), checks.meshes_of(parts.experiment)
-    sample = jax.jit(functools.partial(sample_rows, parts))
+    state, mesh = abstract_state(parts), parts.experiment.mesh()
     given = {"step": (state, prompts), "update": (state, prompts, rollout, rewards)}
     learned = {name: Program(f, given[name], mesh) for name, f in jitted(parts).items() if name in given}
-    return {"rollout": Program(sample, (state, prompts), rollout_mesh), **learned}
+    return {"rollout": stages.sampling(parts, sample_rows, state, prompts), **learned}
 
 
 def whole_program(parts: Parts) -> dispatch.WholeStep:

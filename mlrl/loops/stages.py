@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from mlrl import controllers, meshes, scoring
 from mlrl import prompts as prompts_lib
 from mlrl.loops import checks
-from mlrl.loops.states import Parts, abstract_state, reads_reference
+from mlrl.loops.states import Parts, Program, abstract_state, reads_reference
 from mlrl.models import lora
+from mlrl.models.projections import as_multiplied
 from mlrl.models.transformer import Transformer
 from mlrl.types import (
     AdvantageFn,
@@ -55,25 +56,42 @@ def sample_rows(parts: Parts, state: TrainState, prompts: Prompts, key: Array) -
 def sampler(parts: Parts, sample: Callable[..., Rollout]) -> Callable[..., Rollout]:
     """sample(parts, state, prompts, ...) compiled for the mesh of rollouts, to be called on that of the update.
 
-    Where the two differ, parameters and prompts are moved there first, and rows come back; see `meshes.mover`.
+    Where the two differ, parameters and prompts are moved there first, the parameters in the dtype of products, and
+    rows come back; see `meshes.mover`.
     """
     program = jax.jit(functools.partial(sample, parts))
     here, there = checks.meshes_of(parts.experiment)
     if there == here:
         return program
-    acting = lambda state: state.replace(opt_state=(), reference=())  # noqa: E731
-    state, (prompts, rollout, _) = acting(abstract_state(parts)), abstract_rows(parts)
+    state, (prompts, rollout, _) = acting(parts, abstract_state(parts)), abstract_rows(parts)
     places = lambda mesh: (meshes.state_shardings(state, mesh), meshes.row_shardings(prompts, mesh))  # noqa: E731
-    go = meshes.mover(places(here), places(there))
+    go, narrow = meshes.mover(places(here), places(there)), jax.jit(functools.partial(acting, parts))
     back = meshes.mover(*(meshes.row_shardings(rollout, mesh) for mesh in (there, here)))
 
     def on_other_mesh(state: TrainState, prompts: Prompts, *more: Any) -> Rollout:
-        moved = go((acting(state), prompts))
+        moved = go((narrow(state), prompts))
         with meshes.use(there):
             rollout = program(*moved, *more)
         return back(rollout)
 
     return on_other_mesh
+
+
+def acting(parts: Any, state: TrainState) -> TrainState:
+    """What a rollout on another mesh needs of the state."""
+    narrow = functools.partial(as_multiplied, dtype=jnp.dtype(parts.model.config.dtype))
+    state = state.replace(opt_state=(), reference=())
+    held = {"params": state.params, "frozen": state.frozen}
+    abstract = isinstance(jax.tree.leaves(state.params)[0], jax.ShapeDtypeStruct)
+    return state.replace(**(jax.eval_shape(narrow, held) if abstract else narrow(held)))
+
+
+def sampling(parts: Any, sample: Callable[..., Rollout], state: TrainState, *rows: Any) -> Program:
+    """The program that `sampler` compiles for sample(parts, state, *rows)."""
+    program, there = jax.jit(functools.partial(sample, parts)), checks.meshes_of(parts.experiment)[1]
+    if one_mesh(parts):
+        return Program(program, (state, *rows), there)
+    return Program(program, (acting(parts, state), *rows), there, beside=state)
 
 
 def one_mesh(parts: Parts) -> bool:

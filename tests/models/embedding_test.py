@@ -40,6 +40,7 @@ def test_a_table_in_parts_stays_where_it_is():
     split = jax.NamedSharding(mesh, jax.P("tensor", "fsdp"))
     table = jax.ShapeDtypeStruct((8 * V, 8 * D), jnp.float32, sharding=split)
     with meshes.use(mesh):
-        compiled = jax.jit(both, out_shardings=(None, split)).lower(table, jax.ShapeDtypeStruct((4, L), jnp.int32)).compile().as_text()
+        lowered = jax.jit(both, out_shardings=(None, split)).lower(table, jax.ShapeDtypeStruct((4, L), jnp.int32))
+        compiled = lowered.compile().as_text()
     whole = f"f32[{8 * V},{8 * D}]"
     assert f"f32[{4 * V},{2 * D}]" in compiled and whole not in compiled
