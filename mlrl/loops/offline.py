@@ -138,6 +138,7 @@ def train(experiment: Experiment, run: runs.Run) -> TrainState:
 def prepare(experiment: Experiment) -> Parts:
     """Everything about an experiment that can be checked before compiling is checked here. Raises Refused."""
     checks.nouns(experiment)
+    controllers.require_no_memory(experiment)
     model = checks.model_for(experiment.model, experiment.task.vocabulary)
     checks.start_fits(experiment.start, model)
     checks.mesh_fits(experiment)

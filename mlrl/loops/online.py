@@ -31,6 +31,7 @@ from mlrl.loops import checks, dispatch, refill, stages
 from mlrl.loops import describe as describe_
 from mlrl.loops.start import Reference, StartFn, own_start, random_parameters
 from mlrl.loops.states import Program, abstract_state, initial_state
+from mlrl.models import lora
 from mlrl.models.transformer import Config, Transformer
 from mlrl.monitoring import reference_metrics, step_metrics, value_metrics
 from mlrl.rewards.lifting import lift
@@ -50,6 +51,7 @@ from mlrl.types import (
     Rollout,
     RolloutFn,
     SelectFn,
+    StatefulAdvantage,
     Task,
     TrainState,
 )
@@ -69,7 +71,7 @@ class Experiment:
     model           the shape of the policy (and of its value head or critic)
     rollout_fn      how prompts become rows
     sampling        temperature and filters; the learner scores at the same temperature
-    advantage_fn    Batch -> (advantages, returns); may be controllers.controlled
+    advantage_fn    Batch -> (advantages, returns); may be controllers.controlled, or a StatefulAdvantage
     select_fn       Batch -> rows that stay in the loss
     reduction       mask -> weights: what "mean" means, over a whole minibatch
     old_log_probs   the ratio's denominator: as recorded by the sampler, or recomputed
@@ -101,7 +103,7 @@ class Experiment:
     group_size: int = 8
     rollout_fn: RolloutFn = single_turn
     sampling: Sampling = Sampling()
-    advantage_fn: AdvantageFn | Controlled = advantages.grpo
+    advantage_fn: AdvantageFn | Controlled | StatefulAdvantage = advantages.grpo
     select_fn: SelectFn = selection.keep_all
     reduction: ReductionFn = reductions.token_mean
     old_log_probs: Callable[..., Array] = scoring.sampler_log_probs
@@ -188,7 +190,9 @@ def prepare(experiment: Experiment) -> Parts:
     checks.buckets_cover(experiment.length_buckets, rollout.tokens.shape[1] - prompts.tokens.shape[1])
     checks.refill_fits(experiment, parts.reward.in_graph)
     dispatch.fits(experiment, reward_in_graph=parts.reward.in_graph, one_mesh=stages.one_mesh(parts))
-    jax.eval_shape(functools.partial(learn, parts), abstract_state(parts), prompts, rollout, rewards)
+    state = abstract_state(parts)
+    checks.evaluations_sample(experiment, model, lora.policy(state), by_step=True)
+    jax.eval_shape(functools.partial(learn, parts), state, prompts, rollout, rewards)
     return parts
 
 
@@ -324,7 +328,7 @@ def learn(parts: Parts, state: TrainState, prompts: Prompts, rollout: Rollout,
     rows = prompts_lib.repeat(prompts, experiment.group_size)
     state = state.replace(
         step=state.step + 1, curriculum=experiment.curriculum.update(state.curriculum, rows, batch),
-        controllers=controllers.turned(experiment, state.controllers, metrics),
+        controllers=controllers.turned(experiment, state.controllers, metrics, batch),
     )  # fmt: skip
     return state, metrics, batch
 

@@ -109,7 +109,7 @@ def reward_rows(parts: Any, state: TrainState, rollout: Rollout, prompts: Prompt
 
 
 def bound(parts: Parts, states: dict[str, Array]) -> tuple[tuple[LossFn, ...], AdvantageFn]:
-    """The losses and the advantage function, with controlled knobs where their controllers have them."""
+    """The losses and the advantage function, with knobs and memories as the state has them."""
     losses = tuple(controllers.bound(loss_fn, states) for loss_fn in parts.experiment.losses)
     return losses, controllers.bound(parts.experiment.advantage_fn, states)
 

@@ -69,6 +69,20 @@ def test_a_kernel_is_run_by_each_device_on_its_rows_and_heads():
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("window, cap, sizes", [
+    (0, 0.0, dict(data=1, sequence=4, tensor=2)), (150, 2.0, dict(data=2, sequence=2)),
+], ids=str)  # fmt: skip
+def test_a_mesh_may_split_the_queries_of_a_row(window, cap, sizes):
+    arrays, mask, valid = given(512, window)
+    how = dict(cap=cap, window=window)
+    alone = both(attend, arrays, mask, valid, **how)
+    with meshes.use(meshes.mesh(**sizes, devices=int(np.prod(list(sizes.values()))))):
+        assert fused._sequence_parts(512) == sizes["sequence"]
+        assert fused._sequence_parts(500) == 1, "no whole blocks"
+        for one, other in zip(both(SPLASH, arrays, mask, valid, **how), alone, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=5e-5)
+
+
 def test_the_kernel_is_chosen_by_the_platform(monkeypatch):
     for name in ("attend", "splash", "cudnn"):
         monkeypatch.setattr(fused, name, lambda *arrays, name=name, **how: name)
