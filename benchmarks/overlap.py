@@ -68,7 +68,7 @@ def main():
     on = machine()
     lines = [
         "# Host rewards, and rollouts a step ahead (made by `python -m benchmarks.overlap`)", "",
-        f"Whole steps of {PROMPTS} prompts x {GROUP} completions of at most {TOKENS} tokens, d128 x 2, fp32, with a reward",
+        f"Whole steps of {PROMPTS} prompts x {GROUP} completions of at most {TOKENS} tokens, d128 x 2, fp32, a reward",
         f"that waits on the host for so many seconds; updates on the first device. Medians of {REPEATS} steps of each",
         "arm, taken in turns; the ratio, with its least and largest, is of one turn.", "",
         f"{on['device']}, {on['processor']}, {on['cores']} cores, load {on['load_before']:.1f} before; "
