@@ -40,12 +40,12 @@ class Cell(NamedTuple):
     topology: str
     chips: int
     tensor: int
-    prompts_each: int = 2
+    prompts_each: float = 2
     sequence: int = 1
 
     @property
     def prompts(self) -> int:
-        return self.prompts_each * self.chips
+        return int(self.prompts_each * self.chips)
 
     @property
     def gin(self) -> str:
@@ -72,8 +72,8 @@ CELLS = (
     Cell("qwen3_06b", "v5p:2x2x1", 4, 1), Cell("qwen3_8b", "v5p:2x2x4", 16, 4), Cell("qwen3_32b", "v5p:4x4x4", 64, 8),
     Cell("llama3_70b", "v5p:4x4x8", 128, 8), Cell("qwen3_06b", "v5e:4x4", 16, 1),
     Cell("qwen3_8b", "v6e:16x16", 256, 8), Cell("llama3_70b", "v5p:8x8x16", 1024, 8),
-    Cell("qwen3_06b", "v5e:4x4", 16, 8, 1, 4), Cell("qwen3_8b", "v5p:2x2x4", 16, 8, 1, 4),
-    Cell("qwen3_8b", "v6e:8x8", 64, 8, 1, 8),
+    Cell("qwen3_06b", "v5e:4x4", 16, 8, 1 / 4, 4), Cell("qwen3_8b", "v5p:2x2x4", 16, 8, 1, 4),
+    Cell("qwen3_8b", "v6e:8x8", 64, 8, 1 / 4, 8),
 )  # fmt: skip
 
 
