@@ -21,7 +21,7 @@ import time
 from typing import Any, NamedTuple
 
 from benchmarks.pods import libtpu
-from mlrl.pods.chips import chip_of
+from mlrl.costs.chips import chip_of
 from mlrl.pods.command import in_bytes, in_seconds
 
 HERE = pathlib.Path(__file__).resolve().parent

@@ -26,6 +26,7 @@ from mlrl import (
 from mlrl import prompts as prompts_lib
 from mlrl.batches import unannotated
 from mlrl.controllers import Controlled
+from mlrl.costs.work import of_step
 from mlrl.evaluation import AnyEvaluation, evaluator
 from mlrl.loops import checks, dispatch, pipeline, refill, stages, states
 from mlrl.loops import describe as describe_
@@ -160,7 +161,7 @@ def train(experiment: Experiment, run: runs.Run) -> TrainState:
         evaluate = evaluator(experiment.evaluations, parts.model, experiment.rollout_fn, parts.reference_model)
         each = experiment.steps_per_dispatch
         dispatch.can_start(int(state.step), each)
-        run.begin(experiment.task, experiment.num_steps, evaluate, state)
+        run.begin(experiment.task, experiment.num_steps, evaluate, state, lambda: of_step(parts, programs(parts)))
         for step in range(int(state.step), experiment.num_steps, each):
             prompts = next_prompts(state, step + experiment.steps_ahead)
             state, metrics, batch = take_step(state, prompts)
