@@ -4,7 +4,7 @@
     python -m benchmarks.pods.table --minutes 40        the same, but begins nothing after so many minutes
     python -m benchmarks.pods.table --only "qwen3_8b v5e"   only cells whose names begin so
 
-Each cell takes one to five minutes of a core. Every chip learns from a row at a time, or from a part of one where
+Each cell takes up to five minutes of a core. Every chip learns from a row at a time, or from a part of one where
 `sequence` chips share a row; rollouts split each layer over `tensor` chips. A cell that the compiler was ended on, or
 refused, stays in the table with what was said.
 """
@@ -90,7 +90,9 @@ def compiled(cell: Cell, seconds: float) -> dict[str, Any]:
             done = subprocess.run(command, env=libtpu.environment(), capture_output=True, text=True, timeout=seconds)
         except subprocess.TimeoutExpired:
             return {"said": f"not compiled within {seconds / 60:.0f} minutes"}
-    return json.loads(done.stdout) if done.returncode in (0, 1) else {"said": done.stderr.strip().splitlines()[-1]}
+    if done.returncode not in (0, 1):
+        return {"said": done.stderr.strip().splitlines()[-1]}
+    return {name: value for name, value in json.loads(done.stdout).items() if name != "experiment"}
 
 
 def row(cell: Cell, found: dict[str, Any]) -> str:
