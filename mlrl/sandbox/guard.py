@@ -19,8 +19,9 @@ MODULES = (
     "re", "reprlib", "statistics", "string", "struct", "sys", "textwrap", "time", "timeit", "types", "typing",
     "unicodedata", "uuid", "weakref", "zlib", "zoneinfo", "__future__",
 )  # fmt: skip
+# What those import when used. The interpreter does that through the program's own __import__ now and then.
 LAZY = ("_strptime", "encodings.ascii", "encodings.latin_1", "encodings.idna", "encodings.utf_16", "encodings.utf_32",
-        "linecache", "traceback", "stringprep", "locale", "bz2")  # fmt: skip  # imported by the above when used
+        "copyreg", "linecache", "locale", "stringprep", "traceback", "warnings")  # fmt: skip
 
 # In language mode: these names of these modules.
 _LANGUAGE = {
@@ -60,7 +61,7 @@ def builtins_for(*, language_only):
     """A program's own builtins: a copy, with a guarded import; in language mode without reflection and files."""
     own = dict(vars(builtins))
     load = builtins.__import__
-    own["__import__"] = _language_import(load) if language_only else _import(load, frozenset(MODULES))
+    own["__import__"] = _language_import(load) if language_only else _import(load, frozenset(MODULES + LAZY))
     if language_only:
         for name in _REFUSED_BUILTINS:
             own.pop(name, None)
@@ -99,8 +100,8 @@ def _language_import(load):
         if level or name not in _LANGUAGE:
             raise ImportError(f"the sandbox has no module {name!r} without the kernel's walls", name=name)
         real, part = load(name, None, None, ("*",), 0), types.ModuleType(name)
-        public = _LANGUAGE[name] or [key for key, value in vars(real).items()
-                                     if not key.startswith("_") and not isinstance(value, types.ModuleType)]  # fmt: skip
+        public = _LANGUAGE[name] or [key for key in vars(real) if not key.startswith("_")]
+        public = [key for key in public if not isinstance(getattr(real, key), types.ModuleType)]
         vars(part).update({key: getattr(real, key) for key in public})
         return part
 

@@ -17,15 +17,14 @@ MAX_DETAIL_CHARACTERS = 300
 
 def perform(job, *, language_only):
     """Runs a job and never returns: the process ends, whatever the program did."""
-    leave, write = os._exit, os.write
+    leave, write, code = os._exit, os.write, 1
     try:
         _perform(job, language_only, lambda message: _send(write, message))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        code = 0
     finally:
-        try:
-            sys.stdout.flush()
-            sys.stderr.flush()
-        finally:
-            leave(0)
+        leave(code)
 
 
 def _send(write, message):

@@ -144,6 +144,13 @@ class Pool:
         """Ends the servers and whatever they run; a later call starts new ones."""
         _close(self._slots, os.getpid())
 
+    def walls(self) -> tuple[str, ...]:
+        """Which of WALLS stand around this pool's programs; starts a server if there is none."""
+        with self._lock:
+            if self._slots[0] is None:
+                self._slots[0] = _Server(self._without)
+            return self._slots[0].standing
+
     def run(self, jobs: Sequence[Job], *, seconds: float = float("inf")) -> list[Result]:
         """The jobs' results, in order; after `seconds` what runs is stopped, and what has not begun is "not_run"."""
         deadline = time.monotonic() + seconds
@@ -202,6 +209,7 @@ class _Server:
         try:
             hello = self._receive(time.monotonic() + _START_SECONDS)
             _judge(hello, without)
+            self.standing = tuple(hello["standing"])
         except (TimeoutError, EOFError, OSError) as error:
             self.kill()
             raise _refused(f"the sandbox's server did not start ({type(error).__name__}): {sys.executable} must run "
@@ -223,10 +231,12 @@ class _Server:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def kill(self) -> None:
-        self.interrupt()
-        self.process.stdin.close()
-        self.process.wait()
-        # The last of its programs dies with the server; the end of the pipe is the end of them all.
+        self.process.stdin.close()  # it ends its program and itself, and leaves nobody for others to reap
+        try:
+            self.process.wait(_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.interrupt()
+            self.process.wait()
         self.process.stdout.close()
         self.scratch.cleanup()
 
@@ -294,7 +304,9 @@ def _judge(hello: dict[str, Any], without: tuple[str, ...]) -> None:
 
 
 def _check(limits: Limits, workers: int, without: Sequence[str]) -> None:
-    for name, lowest in zip(Limits._fields, (0.0, 1, 1 << 20, 1, 4096, 8)):
+    if not limits.seconds > 0.0:
+        raise _refused(f"Limits.seconds must be more than 0, got {limits.seconds!r}")
+    for name, lowest in zip(Limits._fields[1:], (1, 1 << 20, 1, 4096, 8)):
         if not getattr(limits, name) >= lowest:
             raise _refused(f"Limits.{name} must be at least {lowest:g}, got {getattr(limits, name)!r}")
     if isinstance(limits.cpu_seconds, float):

@@ -70,8 +70,9 @@ def program(*, files, pid):
         return [(_EQUAL, 0, len(body), numbers[column]), *body]
 
     steps += given(_MMAP, 2, [(_BITS, _PROT_EXEC, False)]) + given(_MPROTECT, 2, [(_BITS, _PROT_EXEC, False)])
-    steps += given(_IOCTL, 1, [(_EQUAL, request, True) for request in (0x5401, 0x5413, 0x5451)])  # isatty, size, cloexec
-    steps += given(_FCNTL, 1, [(_EQUAL, command, True) for command in (0, 1, 2, 3, 1030)])  # dup, get and set flags
+    terminals, descriptors = (0x5401, 0x5413, 0x5451), (0, 1, 2, 3, 1030)  # isatty, size, cloexec; dup, flags
+    steps += given(_IOCTL, 1, [(_EQUAL, request, True) for request in terminals])
+    steps += given(_FCNTL, 1, [(_EQUAL, command, True) for command in descriptors])
     steps += given(_KILL, 0, [(_EQUAL, pid, True)]) + given(_TGKILL, 0, [(_EQUAL, pid, True)])
     steps += given(_PRLIMIT, 0, [(_EQUAL, 0, True)])  # limits of itself: they can only be lowered
     steps += [(_RETURN, 0, 0, _DENY)]

@@ -94,7 +94,7 @@ def _watch(deadline, output, channel, most):
                 if event & select.POLLIN:
                     poll.unregister(descriptor)  # the next job is waiting; it is not the end of the parent
                     continue
-                raise EOFError
+                raise EOFError  # the parent is gone: `_end` is called, and the server ends
             piece = os.read(descriptor, 1 << 16)
             if not piece:
                 poll.unregister(descriptor)
