@@ -7,7 +7,7 @@
 A program runs in a process of its own behind what the kernel offers without a daemon or a binary to install; see
 docs/sandbox.md for what that protects from and what it does not. Files:
 
-    pool.py     what the caller sees: limits, results, servers that are kept warm
+    results.py  what the caller sees: jobs, limits, results;  pool.py  servers that are kept warm
     server.py   a bare interpreter that forks once per program, watches the clock and kills
     walls.py    namespaces, Landlock, dropped privileges and resource limits; seccomp.py the filter of system calls
     inside.py   what runs in the program's process; guard.py what its Python is refused
@@ -18,14 +18,15 @@ Nothing here imports JAX, and the server imports nothing but the standard librar
 
 import importlib
 
-_PUBLIC = ("Answer", "Job", "Limits", "Pool", "Result", "STATUSES", "run")
+_HOMES = {"Answer": "results", "Job": "results", "Limits": "results", "Result": "results", "STATUSES": "results",
+          "Pool": "pool", "run": "pool"}  # fmt: skip
 
 
 def __getattr__(name: str):
-    if name not in _PUBLIC:
+    if name not in _HOMES:
         raise AttributeError(f"module 'mlrl.sandbox' has no attribute {name!r}")
-    return getattr(importlib.import_module("mlrl.sandbox.pool"), name)
+    return getattr(importlib.import_module(f"mlrl.sandbox.{_HOMES[name]}"), name)
 
 
 def __dir__():
-    return sorted(_PUBLIC)
+    return sorted(_HOMES)

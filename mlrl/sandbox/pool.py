@@ -1,8 +1,7 @@
-"""What callers of the sandbox see: jobs, limits, results, and a pool of servers that runs many at once."""
+"""A pool of servers that stay warm and run many programs at once, each in a process of its own."""
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import logging
@@ -19,11 +18,10 @@ import time
 import weakref
 from collections.abc import Sequence
 from concurrent import futures
-from typing import Any, NamedTuple
+from typing import Any
 
-from mlrl.sandbox import values
+from mlrl.sandbox.results import Job, Limits, Result, result_of, without_answers
 
-STATUSES = ("ok", "raised", "invalid", "refused", "not_a_value", "memory", "timeout", "output", "died", "not_run")
 WALLS = ("namespaces", "landlock", "seccomp")
 _FOLDER = pathlib.Path(__file__).resolve().parent
 _GRACE_SECONDS = 2.0  # for a server to say that a program's time is over
@@ -40,64 +38,6 @@ server.main(folder, scratch, without)
 """
 _log = logging.getLogger("mlrl")
 _told: set[str] = set()
-
-
-class Limits(NamedTuple):
-    """What one program may use.
-
-    seconds       wall clock, the start of its process included
-    cpu_seconds   whole seconds of processor time
-    memory_bytes  address space beyond the interpreter's own
-    output_bytes  of what it prints, and of its values as JSON, each
-    file_bytes    of its scratch folder (without namespaces: of each file there)
-    open_files    descriptors, the four it begins with included
-    """
-
-    seconds: float = 2.0
-    cpu_seconds: int = 2
-    memory_bytes: int = 256 << 20
-    output_bytes: int = 64 << 10
-    file_bytes: int = 1 << 20
-    open_files: int = 16
-
-
-class Job(NamedTuple):
-    """A program, expressions to evaluate in its namespace once it has run, and the seed of its `random`."""
-
-    program: str
-    expressions: tuple[str, ...] = ()
-    seed: int = 0
-
-
-class Answer(NamedTuple):
-    """What came of one expression: one of STATUSES, the value if that is "ok", else a detail in words."""
-
-    status: str
-    value: Any
-    detail: str
-
-
-class Result(NamedTuple):
-    """What came of a job.
-
-    status   "ok" if the program ran and every expression has a value; otherwise what went wrong first:
-             raised       an exception left it (SystemExit and MemoryError's kin included; see detail)
-             invalid      it is not Python            refused  language mode does not allow it
-             not_a_value  an expression is not made of numbers, text, None, lists, tuples, sets and dicts
-             memory, timeout, output    past that limit
-             died         its process ended before its answers came (a signal, os._exit, a closed channel)
-             not_run      the time of the whole call was over before its turn
-    detail   in words
-    answers  one per expression, as far as they came; the rest have the job's status
-    output   what it printed, both streams, cut at Limits.output_bytes
-    seconds  of wall clock
-    """
-
-    status: str
-    detail: str
-    answers: tuple[Answer, ...]
-    output: str
-    seconds: float
 
 
 def run(program: str, expressions: Sequence[str] = (), limits: Limits = Limits(), *, seed: int = 0,
@@ -154,7 +94,7 @@ class Pool:
     def run(self, jobs: Sequence[Job], *, seconds: float = float("inf")) -> list[Result]:
         """The jobs' results, in order; after `seconds` what runs is stopped, and what has not begun is "not_run"."""
         deadline = time.monotonic() + seconds
-        results = [_nothing(job, "not_run", "the time of the call was over before its turn") for job in jobs]
+        results = [without_answers(job, "not_run", "the time of the call was over before its turn") for job in jobs]
         todo: queue.SimpleQueue[int] = queue.SimpleQueue()
         for number in range(len(jobs)):
             todo.put(number)
@@ -188,11 +128,11 @@ class Pool:
         limits = self.limits._replace(seconds=seconds)._asdict()
         request = {"program": job.program, "expressions": list(job.expressions), "seed": job.seed, "limits": limits}
         try:
-            return _result(job, server.ask(request, seconds + _GRACE_SECONDS))
+            return result_of(job, server.ask(request, seconds + _GRACE_SECONDS), self.limits.cpu_seconds)
         except (TimeoutError, EOFError, OSError) as error:
             self._slots[slot] = None
             server.kill()
-            return _nothing(job, "died", f"its server ended or does not answer ({type(error).__name__})")
+            return without_answers(job, "died", f"its server ended or does not answer ({type(error).__name__})")
 
 
 class _Server:
@@ -255,40 +195,6 @@ class _Server:
                 raise EOFError
             data += piece
         return data
-
-
-def _result(job: Job, said: dict[str, Any]) -> Result:
-    """A Result from a server's answer; whatever the program wrote into its channel, this raises nothing."""
-    output = base64.b64decode(said["output"]).decode(errors="replace")
-    lines = base64.b64decode(said["channel"]).split(b"\n")[:-1]
-    messages = [_message(line) for line in lines[: 1 + len(job.expressions)]]
-    status, detail = said["why"], {"timeout": "past its seconds", "output": "past output_bytes"}.get(said["why"], "")
-    if len(messages) == 1 + len(job.expressions) or (messages and messages[0].status != "ok"):
-        failed = [message for message in messages if message.status != "ok"]
-        status, detail = (failed[0].status, failed[0].detail) if failed else ("ok", "")
-    elif not status:
-        code = said["end"]
-        status, detail = "died", f"killed by signal {-code}" if code < 0 else f"exit code {code} before its answers"
-        if code == -signal.SIGXCPU or (code == -signal.SIGKILL and said["seconds"] >= 1.0):
-            status, detail = "timeout", "past its cpu_seconds"
-    answers = messages[1:] + [Answer(status, None, detail)] * (1 + len(job.expressions) - max(1, len(messages)))
-    return Result(status, detail, tuple(answers), output, said["seconds"])
-
-
-def _message(line: bytes) -> Answer:
-    try:
-        message = json.loads(line)
-        status, detail = message["status"], str(message.get("detail", ""))
-        if status not in STATUSES:
-            raise ValueError
-        value = values.decode(message["value"]) if status == "ok" and "value" in message else None
-        return Answer(status, value, detail)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return Answer("died", None, "its channel holds what the sandbox did not write")
-
-
-def _nothing(job: Job, status: str, detail: str) -> Result:
-    return Result(status, detail, (Answer(status, None, detail),) * len(job.expressions), "", 0.0)
 
 
 def _judge(hello: dict[str, Any], without: tuple[str, ...]) -> None:

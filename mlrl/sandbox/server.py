@@ -62,8 +62,8 @@ def _serve(server, job, nothing, scratch):
     finally:
         for descriptor in (output, channel):
             os.close(descriptor)
-        end = _end(child)
-    return {"why": why, "end": end, "seconds": time.monotonic() - started,
+        end, cpu_seconds = _end(child)
+    return {"why": why, "end": end, "cpu_seconds": cpu_seconds, "seconds": time.monotonic() - started,
             **{name: base64.b64encode(data).decode() for name, data in said.items()}}  # fmt: skip
 
 
@@ -108,11 +108,12 @@ def _watch(deadline, output, channel, most):
 
 
 def _end(child):
-    """Kills the program's process group and whatever left it; returns how the program itself ended."""
+    """Kills the program's process group and whatever left it; returns how the program ended, and its processor time."""
     for kill in (os.killpg, os.kill):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             kill(child, signal.SIGKILL)
-    end = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    _, status, used = os.wait4(child, 0)
+    end = os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime
     # Daemons: their parent has died, so they are this process's children now (PR_SET_CHILD_SUBREAPER, or process 1).
     while True:
         with contextlib.suppress(OSError):

@@ -1,7 +1,6 @@
 """Values of Python's literal types as JSON, so that reading what a hostile program wrote runs none of its code."""
 
 import json
-import sys
 
 MAX_DEPTH = 50
 _SEQUENCES = {"tuple": tuple, "set": set, "frozenset": frozenset}
@@ -82,6 +81,3 @@ def _plain(tree, depth):
         return complex(*content)
     items = [_plain(item, depth + 1) for item in content]
     return dict(items) if tag == "dict" else _SEQUENCES[tag](items)
-
-
-sys.set_int_max_str_digits(4300)  # the default, which an environment may have raised

@@ -27,7 +27,8 @@ ENDLESS = {
     "output of one piece": ("print('x' * (5 << 20))", {"output"}, {"output"}),
     "endless value": ("def f(): return 'x' * 200000", {"output"}, {"output"}),
     "handlers": (OS + "import sys\nsignal = sys.modules['signal']\nfor n in range(1, 65):\n    try:\n        "
-                 "signal.signal(n, lambda *a: None)\n    except Exception: pass\nwhile True: pass", {"timeout"}, RAISED),
+                 "signal.signal(n, lambda *a: None)\n    except Exception: pass\nwhile True: pass",
+                 {"timeout"}, RAISED),
     "closes its channel and goes on": (
         OS + "for n in range(64):\n    try: os.close(n)\n    except OSError: pass\nwhile True: pass", DIED, RAISED),
     "stops itself": (OS + "os.kill(os.getpid(), 19)\nwhile True: pass", {"timeout"}, RAISED),
@@ -84,8 +85,7 @@ FILES = {
     "reads the secret by os": (SUBCLASSES + "def f(): return os.read(os.open('SECRET', 0), 99)", RAISED, REFUSED),
     "reads its own source": ("def f(): return open('mlrl/sandbox/inside.py').read()", RAISED, RAISED),
     "reads a home": (OS + "def f(): return os.listdir(os.path.expanduser('~root'))", RAISED, RAISED),
-    "reads the environment of others": (OS + "def f(): return open('/proc/%d/environ' % os.getppid()).read()",
-                                        RAISED, RAISED),
+    "reads an environment": (OS + "def f(): return open('/proc/%d/environ' % os.getppid()).read()", RAISED, RAISED),
     "lists": (OS + "def f():\n    if set(os.listdir('/')) <= set(): raise PermissionError", RAISED, RAISED),
     "climbs": ("def f(): return open('../' * 30 + 'SECRET').read()", RAISED, RAISED),
     "symlink": (OS + "def f():\n    os.symlink('/etc/passwd', 'link')\n    return open('link').read()", RAISED,
@@ -103,9 +103,10 @@ FILES = {
 
 NETWORK = {
     "socket": ("import sys\nsys.modules['_socket']", RAISED, RAISED),
-    "connects": ("import sys\nctypes = sys.modules['ctypes']\ndef f():\n    libc = ctypes.CDLL(None)\n    for family in "
-                 "(1, 2, 10, 16, 17):\n        for kind in (1, 2, 3):\n            if libc.socket(family, kind, 0) != -1: "
-                 "return 'a socket'\n    raise PermissionError", RAISED, RAISED),
+    "connects": ("import sys\nctypes = sys.modules['ctypes']\ndef f():\n    libc = ctypes.CDLL(None)\n"
+                 "    for family in (1, 2, 10, 16, 17):\n        for kind in (1, 2, 3):\n"
+                 "            if libc.socket(family, kind, 0) != -1: return 'a socket'\n    raise PermissionError",
+                 RAISED, RAISED),
     "input": ("def f(): return input()", RAISED, RAISED),
     "reads descriptor 0": (OS + "def f():\n    if os.read(0, 10) == b'': raise EOFError", RAISED, RAISED),
 }  # fmt: skip
@@ -127,7 +128,8 @@ PYTHON = {
     "prints a result": ("print('{\"status\": \"ok\", \"value\": 42}')\ndef f(): return 1 / 0", RAISED, RAISED),
     "writes rubbish into the channel": (OS + "def f(): os.write(3, b'[[[[\\n' * 9)", DIED, RAISED),
     "writes depth into the channel": (
-        OS + "def f(): os.write(3, b'{\"status\": \"ok\", \"value\": \"' + b'[' * 9999 + b'\"}\\n')", DIED | RAISED, RAISED),
+        OS + "def f(): os.write(3, b'{\"status\": \"ok\", \"value\": \"' + b'[' * 9999 + b'\"}\\n')",
+        DIED | RAISED, RAISED),
     "format string": ("def f(): return '{0.__class__.__base__}'.format(1).__class__.__subclasses__", {"not_a_value"},
                       REFUSED),
     "frames": ("import sys\ndef f(): return sys._getframe().f_back.f_globals['os'].system('touch TARGET') or 1 / 0",
