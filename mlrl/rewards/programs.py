@@ -18,6 +18,7 @@ from typing import Any
 
 from mlrl.sandbox.pool import Pool
 from mlrl.sandbox.results import Job, Limits, Result
+from mlrl.sandbox.values import is_literal
 
 _FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n?```|\Z)", re.DOTALL)
 
@@ -92,18 +93,6 @@ def program_of(completion: str) -> str:
 def first_line(completion: str) -> str:
     """The first line with anything on it, without the spaces around it."""
     return next((line.strip() for line in completion.splitlines() if line.strip()), "")
-
-
-def is_literal(text: str) -> bool:
-    """Whether a text of Python is made of literals, signs and displays alone: no name, call, operation or attribute."""
-    allowed = (ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.UnaryOp, ast.USub, ast.UAdd,
-               ast.Load)  # fmt: skip
-    if len(text) > 10_000:  # the parser's memory grows with its nesting
-        return False
-    try:
-        return all(isinstance(node, allowed) for node in ast.walk(ast.parse(text, mode="eval")))
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
-        return False
 
 
 @functools.lru_cache(maxsize=1 << 14)

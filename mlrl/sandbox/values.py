@@ -1,5 +1,6 @@
 """Values of Python's literal types as JSON, so that reading what a hostile program wrote runs none of its code."""
 
+import ast
 import json
 
 MAX_DEPTH = 50
@@ -81,3 +82,15 @@ def _plain(tree, depth):
         return complex(*content)
     items = [_plain(item, depth + 1) for item in content]
     return dict(items) if tag == "dict" else _SEQUENCES[tag](items)
+
+
+def is_literal(text):
+    """Whether a text of Python is made of literals, signs and displays alone: no name, call, operation or attribute."""
+    allowed = (ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.UnaryOp, ast.USub, ast.UAdd,
+               ast.Load)  # fmt: skip
+    if len(text) > 10_000:  # the parser's memory grows with its nesting
+        return False
+    try:
+        return all(isinstance(node, allowed) for node in ast.walk(ast.parse(text, mode="eval")))
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return False

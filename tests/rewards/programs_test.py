@@ -6,7 +6,8 @@ from reward_worlds import EOS, prompts_of, rollout_of, task_of
 
 from mlrl.rewards import programs
 from mlrl.rewards.completions import per_completion
-from mlrl.rewards.programs import first_line, input_found, is_literal, output_found, program_of
+from mlrl.rewards.programs import first_line, input_found, output_found, program_of
+from mlrl.sandbox.values import is_literal
 
 passed = programs.tests_passed  # not a name that pytest would collect
 SQUARE = {"tests": ("assert f(2) == 4", "assert f(-3) == 9", "assert f(0) == 0", "assert f(0.5) == .25")}
