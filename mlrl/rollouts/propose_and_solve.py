@@ -84,8 +84,8 @@ def propose_and_solve(
     return jax.tree.map(join, proposed, solved)
 
 
-def solve_alone(model: Transformer, params: Params, prompts: Prompts, key: Array, *, rollout_fn: RolloutFn = single_turn,
-                **given: Any) -> Rollout:  # fmt: skip
+def solve_alone(model: Transformer, params: Params, prompts: Prompts, key: Array, *,
+                rollout_fn: RolloutFn = single_turn, **given: Any) -> Rollout:  # fmt: skip
     """`group_size` attempts at every prompt of triplets.solve, with the roles that `propose_and_solve` gives them.
 
     For a solver without a proposer, under an advantage that goes by role.
@@ -106,7 +106,8 @@ def tasks_of(
     found = executed.proposals(kinds, texts, references, width, vocabulary, seconds=seconds)
     parts = [triplets.parsed(kind, text) for kind, text in zip(kinds, fallbacks)]
     if None in parts:
-        raise Refused(f"the buffer of triplets holds {fallbacks[parts.index(None)]!r}, which is none: name other seeds")
+        text = fallbacks[parts.index(None)]
+        raise Refused(f"the buffer of triplets holds {text!r}, which is none: name other seeds")
     ran = executed.outputs(parts, seconds=seconds)
     stored = [Triplet(kind, *part, tuple(map(str, outputs))) for kind, part, outputs in zip(kinds, parts, ran)]
     return [proposal.triplet or own for proposal, own in zip(found, stored)], found

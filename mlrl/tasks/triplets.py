@@ -162,7 +162,8 @@ def propose(*, prompt_tokens: int = 48, statements: int = 2, seed: int = 0, voca
             name: str = "proposals") -> Task:  # fmt: skip
     """Prompts that ask for triplets, one source for each kind; `absolute_zero.recall` puts others' triplets into them.
 
-    As drawn, a prompt shows the trivial triplet of its kind. Demonstrations are random triplets, for a warm start.
+    As drawn, a prompt shows a random triplet, and its demonstration is another (for induction, inputs of the same
+    program): for a warm start. The fallback is the trivial triplet.
 
     Args:
       prompt_tokens: P, room for the prompts of proposers and of solvers: what does not fit cannot be proposed.
@@ -172,9 +173,17 @@ def propose(*, prompt_tokens: int = 48, statements: int = 2, seed: int = 0, voca
 
     def at(source: Array, index: Array) -> Prompts:
         source, index = np.asarray(source, np.int32), np.asarray(index, np.int32)
-        texts = text_array([FIRST[kind] for kind in source], prompt_tokens)
-        tokens, valid = prompt_arrays([propose_prompt(kind, FIRST[kind]) for kind in source], prompt_tokens, vocabulary)
-        return Prompts(tokens, valid, source, index, {"reference": texts, "fallback": texts})
+        references = [reference(int(s), int(i)) for s, i in zip(source, index)]
+        asked = [propose_prompt(kind, text) for kind, text in zip(source, references)]
+        fallback = text_array([FIRST[kind] for kind in source], prompt_tokens)
+        return Prompts(*prompt_arrays(asked, prompt_tokens, vocabulary), source, index,
+                       {"reference": text_array(references, prompt_tokens), "fallback": fallback})  # fmt: skip
+
+    def reference(source: int, index: int) -> str:
+        if source == INDUCTION:  # its demonstration is inputs of this very program
+            triplet = random_triplet(source, index, statements=statements, seed=seed + 1)
+            return f"{triplet.program}#{triplet.inputs[0]}"
+        return random_triplet(source, index, statements=statements, seed=seed + 2).text
 
     def shown(source: int, index: int) -> str:
         triplet = random_triplet(source, index, statements=statements, seed=seed + 1)
@@ -187,7 +196,8 @@ def propose(*, prompt_tokens: int = 48, statements: int = 2, seed: int = 0, voca
         return np.pad(tokens, room, constant_values=vocabulary.pad_id), np.pad(valid, room)
 
     def example(source: int, index: int) -> dict[str, Any]:
-        return {"prompt": propose_prompt(source, FIRST[source]), "answer": shown(source, index), "task": KINDS[source]}
+        return {"prompt": propose_prompt(source, reference(source, index)), "answer": shown(source, index),
+                "task": KINDS[source]}  # fmt: skip
 
     return Task(name, tuple(f"propose_{kind}" for kind in KINDS), (size,) * 3, (1 / 3,) * 3, vocabulary, at, targets,
                 example, in_graph=False)  # fmt: skip
