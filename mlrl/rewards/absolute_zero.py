@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -58,46 +58,73 @@ def absolute_zero(
         return {"texts": texts, "count": np.array([len(found) for found in own], np.int32)}
 
     def update(state: State, rollout: Rollout, prompts: Prompts, task: Task, models: Models) -> tuple[Rewards, State]:
-        if not isinstance(prompts.example, Mapping) or "fallback" not in prompts.example:
-            raise Refused("absolute_zero judges the prompts of triplets.propose: set Experiment.task to it")
-        texts, proposes = completion_texts(rollout, task.vocabulary), np.asarray(rollout.role) % 2 == 0
-        first, family = np.flatnonzero(proposes), np.cumsum(proposes) - 1
-        kinds = np.asarray(prompts.source)[first].tolist()
-        given = [triplets.texts_of(np.asarray(prompts.example[name])[first]) for name in ("reference", "fallback")]
-        tasks, proposed = tasks_of(kinds, [texts[row] for row in first], *given, prompts.tokens.shape[1],
-                                   task.vocabulary, seconds=seconds)  # fmt: skip
-        attempts = np.flatnonzero(~proposes)
-        verdicts = executed.judged([tasks[family[row]] for row in attempts], [texts[row] for row in attempts],
-                                   seconds=seconds)  # fmt: skip
-        right, formed = np.zeros(len(texts)), np.zeros(len(texts), bool)
-        formed[attempts], right[attempts] = (np.array(column) for column in zip(*verdicts)) if verdicts else ((), ())
-        valid = np.array([proposal.triplet is not None for proposal in proposed], bool)
-        tried = np.bincount(family[attempts], minlength=len(first))
-        rate = np.bincount(family[attempts], right[attempts], minlength=len(first)) / np.maximum(tried, 1)
-        right[first], formed[first] = np.where(rate > 0, 1.0 - rate, 0.0), valid
-        reward = np.where(formed, np.where(right > 0, right, unrewarded), malformed)
-        scored = np.ones(len(texts), bool)
-        scored[first] = ~valid | (tried > 0)
-        outcome = np.where(proposes, formed, right)
-        state, new = remembered(state, [proposal.triplet for proposal in proposed])
-        well_formed = np.array([proposal.well_formed for proposal in proposed], bool)
-        known = valid & (tried > 0)
-        of = lambda rows, values, among=True: _share(len(texts), rows, np.asarray(values, float), among)  # noqa: E731
-        kind_of = np.asarray(kinds)[family]
-        parts = {
-            "propose/reward": of(first, reward[first]), "propose/malformed": of(first, ~well_formed),
-            "propose/valid": of(first, valid), "propose/new": of(first, new), "rate/none": of(first, rate == 0, known),
-            "rate/some": of(first, (rate > 0) & (rate < 1), known), "rate/all": of(first, rate == 1, known),
-            "solve/malformed": of(attempts, ~formed[attempts]),
-            **{f"solve/{name}": of(attempts, right[attempts], kind_of[attempts] == kind)
-               for kind, name in enumerate(KINDS)},
-            "buffer/size": np.full(len(texts), np.minimum(state["count"], capacity).sum(), np.float32),
-        }  # fmt: skip
+        rows = _judged(rollout, prompts, task, seconds)
+        first, attempts, proposes = np.flatnonzero(rows.proposes), np.flatnonzero(~rows.proposes), rows.proposes
+        tried = np.bincount(rows.family[attempts], minlength=len(first))
+        rate = np.bincount(rows.family[attempts], rows.right[attempts], minlength=len(first)) / np.maximum(tried, 1)
+        earned = rows.right.copy()
+        earned[first] = np.where(rate > 0, 1.0 - rate, 0.0)
+        scored = ~proposes | ~rows.formed
+        scored[first] |= tried > 0
+        reward = np.where(rows.formed, np.where(earned > 0, earned, unrewarded), malformed)
         reward = np.where(scored, reward, 0.0).astype(np.float32)
-        tokens = _at_last_action(reward, np.asarray(rollout.action_mask))
-        return Rewards(tokens, outcome.astype(np.float32), scored, parts), state
+        state, new = remembered(state, [proposal.triplet for proposal in rows.proposed])
+        parts = _parts(rows, reward, new, np.where(rows.formed[first] & (tried > 0), rate, np.nan))
+        parts["buffer/size"] = np.full(len(reward), np.minimum(state["count"], capacity).sum(), np.float32)
+        outcome = np.where(proposes, rows.formed, rows.right).astype(np.float32)
+        return Rewards(_at_last_action(reward, np.asarray(rollout.action_mask)), outcome, scored, parts), state
 
     return RewardFn(init, update, False, _NAMES)
+
+
+class _Rows(NamedTuple):
+    """What was found of B rows, of which N are proposals.
+
+    proposes, formed  [B] bool   a proposal or an attempt; valid, or well-formed
+    right             [B]        1.0 where an attempt is right
+    family, kind      [B] int    which proposal a row belongs to, and of which kind
+    proposed          N          the proposals
+    """
+
+    proposes: np.ndarray
+    formed: np.ndarray
+    right: np.ndarray
+    family: np.ndarray
+    kind: np.ndarray
+    proposed: Sequence[executed.Proposal]
+
+
+def _judged(rollout: Rollout, prompts: Prompts, task: Task, seconds: float) -> _Rows:
+    """Validates the proposals again, as the rollout did, and judges the attempts at them."""
+    if not isinstance(prompts.example, Mapping) or "fallback" not in prompts.example:
+        raise Refused("absolute_zero judges the prompts of triplets.propose: set Experiment.task to it")
+    texts, proposes = completion_texts(rollout, task.vocabulary), np.asarray(rollout.role) % 2 == 0
+    first, attempts, family = np.flatnonzero(proposes), np.flatnonzero(~proposes), np.cumsum(proposes) - 1
+    kinds = np.asarray(prompts.source)[first]
+    given = [triplets.texts_of(np.asarray(prompts.example[name])[first]) for name in ("reference", "fallback")]
+    tasks, proposed = tasks_of(kinds.tolist(), [texts[row] for row in first], *given, prompts.tokens.shape[1],
+                               task.vocabulary, seconds=seconds)  # fmt: skip
+    verdicts = executed.judged([tasks[family[row]] for row in attempts], [texts[row] for row in attempts],
+                               seconds=seconds)  # fmt: skip
+    formed, right = np.zeros(len(texts), bool), np.zeros(len(texts))
+    formed[first] = [proposal.triplet is not None for proposal in proposed]
+    formed[attempts], right[attempts] = [well for well, _ in verdicts], [is_right for _, is_right in verdicts]
+    return _Rows(proposes, formed, right, family, kinds[family], proposed)
+
+
+def _parts(rows: _Rows, reward: np.ndarray, new: np.ndarray, rate: np.ndarray) -> dict[str, np.ndarray]:
+    """Named shares [B]; `rate` [N] is NaN where a proposal is not valid or nobody tried it."""
+    of_proposals = lambda values, among=True: _share(rows.proposes, np.asarray(values, float), among)  # noqa: E731
+    of_attempts = lambda values, among=True: _share(~rows.proposes, np.asarray(values, float), among)  # noqa: E731
+    known, right, kind = ~np.isnan(rate), rows.right[~rows.proposes], rows.kind[~rows.proposes]
+    return {
+        "propose/reward": of_proposals(reward[rows.proposes]),
+        "propose/malformed": of_proposals([not proposal.well_formed for proposal in rows.proposed]),
+        "propose/valid": of_proposals(rows.formed[rows.proposes]), "propose/new": of_proposals(new),
+        "rate/none": of_proposals(rate == 0, known), "rate/some": of_proposals((rate > 0) & (rate < 1), known),
+        "rate/all": of_proposals(rate == 1, known), "solve/malformed": of_attempts(~rows.formed[~rows.proposes]),
+        **{f"solve/{name}": of_attempts(right, kind == number) for number, name in enumerate(KINDS)},
+    }  # fmt: skip
 
 
 def remembered(state: State, found: Sequence[Triplet | None]) -> tuple[State, np.ndarray]:
@@ -157,10 +184,10 @@ def _check_seeds(own: Sequence[Sequence[str]], capacity: int, width: int) -> Non
             raise Refused(f"absolute_zero: {len(found)} {KINDS[kind]} seeds, but capacity is {capacity}")
 
 
-def _share(rows: int, at: np.ndarray, values: np.ndarray, among: Any) -> np.ndarray:
-    """[rows] float32 whose mean over all rows is the mean of `values` over those of the rows `at` that are `among`."""
-    part, among = np.zeros(rows, np.float32), np.broadcast_to(among, at.shape)
-    part[at] = np.where(among, values, 0.0) * rows / max(1, among.sum())
+def _share(at: np.ndarray, values: np.ndarray, among: Any) -> np.ndarray:
+    """[B] float32 whose mean over all rows is the mean of `values` over those of the rows `at` [B] that are `among`."""
+    part, among = np.zeros(len(at), np.float32), np.broadcast_to(among, values.shape)
+    part[at] = np.where(among, values, 0.0) * len(at) / max(1, among.sum())
     return part
 
 
