@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -30,6 +31,11 @@ from mlrl.types import (
 Results = dict[str, dict[str, dict[str, float]]]  # task -> metric -> {"value", "low", "high"}
 
 
+def as_in_training(*_: Any, **__: Any) -> Rollout:
+    """Stands for the experiment's own rollout_fn; it is never called."""
+    raise Refused("as_in_training stands for Experiment.rollout_fn, and cannot be called")
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """What to measure, and how often.
@@ -40,6 +46,7 @@ class Evaluation:
     samples          k completions a prompt, besides the greedy one; 0: greedy only
     every_steps      measured before, after, and every so many steps; 0: before and after only
     answer           completion -> the answer that maj@k votes on
+    rollout_fn       how prompts become rows here; by default as in training. For a game, against a fixed opponent
     """
 
     task: Task
@@ -50,6 +57,7 @@ class Evaluation:
     sampling: Sampling = Sampling()
     answer: Callable[[str], Any] = str.strip
     seed: int = 0
+    rollout_fn: RolloutFn = as_in_training
 
     def __post_init__(self):
         require_whole("Evaluation", "prompts", self.prompts, 1)
@@ -64,8 +72,12 @@ class Evaluation:
 
     def measure(self, models: Measured) -> Callable[[Params, Params], Results]:
         """(params, reference's) -> results; samplers are compiled at their first use, and once."""
-        measured = _measure(self, models.model, models.rollout_fn)
+        measured = _measure(self, models.model, self.rollout(models.rollout_fn))
         return lambda params, reference: measured(params)
+
+    def rollout(self, in_training: RolloutFn) -> RolloutFn:
+        """How this samples, in an experiment that trains on `in_training`."""
+        return in_training if inspect.unwrap(self.rollout_fn) is as_in_training else self.rollout_fn
 
     def words(self) -> str:
         """What is measured."""

@@ -46,8 +46,10 @@ def the_refill(experiment: Any, rows: int) -> list[str]:
 
 
 def the_dispatch(experiment: Any) -> str:
-    """Steps that are one program, in words; nothing where each is dispatched by itself."""
+    """Steps that are one program, or overlap, in words; nothing where each is dispatched by itself."""
     count = experiment.steps_per_dispatch
+    if experiment.steps_ahead:
+        return "; each step's rows are sampled while the step before learns, by weights one update old"
     return f" {count} times in one program, so that the host hears of every {count} steps at once" if count > 1 else ""
 
 
@@ -105,7 +107,7 @@ def tried(reward: RewardFn, task: Task, *, rows: int = 3) -> list[str]:
     """The reward of the demonstrations of a few real prompts, a line each."""
     weights = jnp.asarray(task.rates, jnp.float32)
     prompts = prompts_lib.draw(task, jax.random.key(0), 0, rows, weights)
-    rollout = prompts_lib.demonstrations(task, jax.random.key(0), 0, rows, weights)
+    rollout = prompts_lib.played(prompts_lib.demonstrations(task, jax.random.key(0), 0, rows, weights))
 
     def unbound(*_, **__):
         raise Refused("models are bound in the loop")

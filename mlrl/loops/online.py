@@ -27,10 +27,11 @@ from mlrl import prompts as prompts_lib
 from mlrl.batches import unannotated
 from mlrl.controllers import Controlled
 from mlrl.evaluation import AnyEvaluation, evaluator
-from mlrl.loops import checks, dispatch, refill, stages
+from mlrl.loops import checks, dispatch, pipeline, refill, stages, states
 from mlrl.loops import describe as describe_
 from mlrl.loops.start import Reference, StartFn, own_start, random_parameters
-from mlrl.loops.states import Program, abstract_state, initial_state
+from mlrl.loops.states import Program, initial_state
+from mlrl.models import lora
 from mlrl.models.transformer import Config, Transformer
 from mlrl.monitoring import reference_metrics, step_metrics, value_metrics
 from mlrl.rewards.lifting import lift
@@ -50,10 +51,13 @@ from mlrl.types import (
     Rollout,
     RolloutFn,
     SelectFn,
+    StatefulAdvantage,
     Task,
     TrainState,
 )
 from mlrl.updates import update
+
+StepFn = Callable[[TrainState, Prompts], tuple[TrainState, Metrics, Batch]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +73,14 @@ class Experiment:
     model           the shape of the policy (and of its value head or critic)
     rollout_fn      how prompts become rows
     sampling        temperature and filters; the learner scores at the same temperature
-    advantage_fn    Batch -> (advantages, returns); may be controllers.controlled
+    advantage_fn    Batch -> (advantages, returns); may be controllers.controlled, or a StatefulAdvantage
     select_fn       Batch -> rows that stay in the loss
     reduction       mask -> weights: what "mean" means, over a whole minibatch
     old_log_probs   the ratio's denominator: as recorded by the sampler, or recomputed
     length_buckets  widths of completions, in tokens, ascending: micro-batches are filled by length and cut to the least
                     of these that holds them; the last must hold all. (): every micro-batch is as wide as the rollout
+    score_chunk_columns, score_chunk_vocabulary  score so many columns, or tokens of the vocabulary, at a time, so that
+                    memory does not grow with their number; 0: all at once. See scoring.score
     forward         how the learner reads rows: each prompt once for its whole group, or every row whole
     optimizer       an optax transformation
     curriculum      sampling weights over the task's sources
@@ -88,6 +94,8 @@ class Experiment:
     evaluations     what to measure on held-out prompts
     mesh            the devices, as a function, so that an experiment can be read without touching them
     rollout_mesh    mesh -> the same devices as rollouts split things over them, such as meshes.rearranged
+    steps_ahead     0, or 1: a step's rows are sampled while the step before learns, by weights one update old; see
+                    loops.pipeline
     steps_per_dispatch  K whole steps in one program, with task and reward in the graph; saving and evaluating, as all
                     that is done every so many steps, come between
     """
@@ -101,7 +109,7 @@ class Experiment:
     group_size: int = 8
     rollout_fn: RolloutFn = single_turn
     sampling: Sampling = Sampling()
-    advantage_fn: AdvantageFn | Controlled = advantages.grpo
+    advantage_fn: AdvantageFn | Controlled | StatefulAdvantage = advantages.grpo
     select_fn: SelectFn = selection.keep_all
     reduction: ReductionFn = reductions.token_mean
     old_log_probs: Callable[..., Array] = scoring.sampler_log_probs
@@ -116,12 +124,14 @@ class Experiment:
     length_buckets: tuple[int, ...] = ()
     forward: scoring.Forward = scoring.shared_prompts()
     score_chunk_columns: int = 0
+    score_chunk_vocabulary: int = 0
     start: StartFn = random_parameters
     reference: Reference = own_start()
     reference_tokens: int = 0
     evaluations: tuple[AnyEvaluation, ...] = ()
     mesh: Callable[[], jax.sharding.Mesh] = meshes.mesh
     rollout_mesh: Callable[[jax.sharding.Mesh], jax.sharding.Mesh] = meshes.same
+    steps_ahead: int = 0
     steps_per_dispatch: int = 1
     recording: runs.Recording = runs.Recording()
     seed: int = 0
@@ -147,14 +157,15 @@ def train(experiment: Experiment, run: runs.Run) -> TrainState:
     """Runs `experiment` in the folder of `run`, from its last checkpoint if it holds one. Returns the last state."""
     parts = prepare(experiment)
     with meshes.use(experiment.mesh()) as mesh:
-        state = run.restore_or(abstract_state(parts), lambda: initial_state(parts), mesh)
+        compiled, next_prompts = jitted(parts), prompt_source(parts)
+        take_step, first = step_function(parts, run, compiled), functools.partial(first_state, parts, compiled)
+        state = run.restore_or(abstract_state(parts), first, mesh)
         evaluate = evaluator(experiment.evaluations, parts.model, experiment.rollout_fn, parts.reference_model)
-        next_prompts, take_step = prompt_source(parts), step_function(parts, run)
         each = experiment.steps_per_dispatch
         dispatch.can_start(int(state.step), each)
         run.begin(experiment.task, experiment.num_steps, evaluate, state)
         for step in range(int(state.step), experiment.num_steps, each):
-            prompts = next_prompts(state, step)
+            prompts = next_prompts(state, step + experiment.steps_ahead)
             state, metrics, batch = take_step(state, prompts)
             run.record(state, step + each, metrics, batch)
     return state
@@ -187,9 +198,25 @@ def prepare(experiment: Experiment) -> Parts:
     checks.sampling_fits(experiment.sampling, experiment.old_log_probs, reads)
     checks.buckets_cover(experiment.length_buckets, rollout.tokens.shape[1] - prompts.tokens.shape[1])
     checks.refill_fits(experiment, parts.reward.in_graph)
+    pipeline.fits(experiment)
     dispatch.fits(experiment, reward_in_graph=parts.reward.in_graph, one_mesh=stages.one_mesh(parts))
-    jax.eval_shape(functools.partial(learn, parts), abstract_state(parts), prompts, rollout, rewards)
+    state = abstract_state(parts)
+    checks.evaluations_sample(experiment, model, lora.policy(state), by_step=True)
+    jax.eval_shape(functools.partial(learn, parts), state, prompts, rollout, rewards)
     return parts
+
+
+def abstract_state(parts: Parts) -> TrainState:
+    """Shapes and dtypes of the state between two steps, without computing any of it."""
+    return pipeline.abstract(parts, states.abstract_state(parts))
+
+
+def first_state(parts: Parts, compiled: dict[str, Callable]) -> TrainState:
+    """The state before the first step, with the rows of that step if rollouts are ahead of updates."""
+    state = initial_state(parts)
+    if not parts.experiment.steps_ahead:
+        return state
+    return pipeline.with_rows(state, prompt_source(parts)(state, 0), compiled["rollout"])
 
 
 def prompt_source(parts: Parts) -> Callable[..., Prompts]:
@@ -213,13 +240,16 @@ def prompt_source(parts: Parts) -> Callable[..., Prompts]:
     return drawn if experiment.task.in_graph else lambda *which: meshes.rows_from_host(drawn(*which))
 
 
-def step_function(parts: Parts, run: runs.Run) -> Callable[[TrainState, Prompts], tuple[TrainState, Metrics, Batch]]:
-    """The step: one program where the reward is in the graph and rollouts are on the mesh of the update, else several.
+def step_function(parts: Parts, run: runs.Run, compiled: dict[str, Callable]) -> StepFn:
+    """The step: one program where nothing of it is on the host, on another mesh or of another step; else several.
 
-    Of `steps_per_dispatch` steps the prompts are the first's, and metrics are of each. See `dispatch.dispatched`.
+    Of `steps_per_dispatch` steps the prompts are the first's, and metrics are of each; see `dispatch.dispatched`. Where
+    rollouts are ahead, the prompts are the next step's; see `pipeline`.
+
+    Args:
+      compiled: the programs of `jitted`.
     """
-    compiled, next_prompts = jitted(parts), prompt_source(parts)
-    sample = compiled["rollout"]
+    next_prompts, sample = prompt_source(parts), compiled["rollout"]
     if "step" in compiled:
 
         def one_program(state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics, Batch]:
@@ -231,6 +261,14 @@ def step_function(parts: Parts, run: runs.Run) -> Callable[[TrainState, Prompts]
     judge = functools.partial(stages.reward_rows, parts)
     judge = jax.jit(judge) if parts.reward.in_graph else judge
 
+    def rewarded(state: TrainState, prompts: Prompts, rollout: Rollout) -> tuple[Rewards, Any]:
+        given = (rollout, prompts) if parts.reward.in_graph else processes.on_host((rollout, prompts))
+        rewards, reward_state = judge(state, *given)
+        return meshes.rows_from_host(rewards), reward_state
+
+    if parts.experiment.steps_ahead:
+        return pipeline.step_function(parts, run, sample, rewarded, compiled["update"])
+
     def step(state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics, Batch]:
         def attempt(number: int, reward_state: Any) -> tuple[Prompts, Rollout, Rewards, Any]:
             drawn = next_prompts(state, int(state.step), number) if number else prompts
@@ -238,9 +276,8 @@ def step_function(parts: Parts, run: runs.Run) -> Callable[[TrainState, Prompts]
                 as_in_one = parts.reward.in_graph and number == 0  # the same randomness as in one program
                 rollout = jax.block_until_ready(sample(state, drawn, *(() if as_in_one else (number,))))
             with run.phase("reward"):
-                given = (rollout, drawn) if parts.reward.in_graph else processes.on_host((rollout, drawn))
-                rewards, reward_state = judge(state.replace(reward=reward_state), *given)
-            return drawn, rollout, meshes.rows_from_host(rewards), reward_state
+                rewards, reward_state = rewarded(state.replace(reward=reward_state), drawn, rollout)
+            return drawn, rollout, rewards, reward_state
 
         rows, reward_state, counts = refill.on_host(parts, attempt, state.reward)
         with run.phase("update"):
@@ -252,8 +289,8 @@ def step_function(parts: Parts, run: runs.Run) -> Callable[[TrainState, Prompts]
 
 def jitted(parts: Parts) -> dict[str, Callable]:
     """What the loop compiles: the rollout, and the whole step or, where that is not one program, the update."""
-    sample = stages.sampler(parts, sample_rows)
-    if parts.reward.in_graph and stages.one_mesh(parts):
+    sample = stages.sampler(parts, pipeline.sample_next if parts.experiment.steps_ahead else sample_rows)
+    if stages.one_program(parts):
         return {"rollout": sample, "step": jax.jit(whole_program(parts), donate_argnums=0)}
     return {"rollout": sample, "update": jax.jit(functools.partial(learn, parts), donate_argnums=0)}
 
@@ -266,11 +303,10 @@ def programs(parts: Parts) -> dict[str, Program]:
     """
     parts = dataclasses.replace(parts, experiment=dataclasses.replace(parts.experiment, steps_per_dispatch=1))
     prompts, rollout, rewards = stages.abstract_rows(parts)
-    state, (mesh, rollout_mesh) = abstract_state(parts), checks.meshes_of(parts.experiment)
-    sample = jax.jit(functools.partial(sample_rows, parts))
+    state, mesh = states.abstract_state(parts), parts.experiment.mesh()
     given = {"step": (state, prompts), "update": (state, prompts, rollout, rewards)}
     learned = {name: Program(f, given[name], mesh) for name, f in jitted(parts).items() if name in given}
-    return {"rollout": Program(sample, (state, prompts), rollout_mesh), **learned}
+    return {"rollout": stages.sampling(parts, sample_rows, state, prompts), **learned}
 
 
 def whole_program(parts: Parts) -> dispatch.WholeStep:
@@ -330,7 +366,7 @@ def learn(parts: Parts, state: TrainState, prompts: Prompts, rollout: Rollout,
     rows = prompts_lib.repeat(prompts, experiment.group_size)
     state = state.replace(
         step=state.step + 1, curriculum=experiment.curriculum.update(state.curriculum, rows, batch),
-        controllers=controllers.turned(experiment, state.controllers, metrics),
+        controllers=controllers.turned(experiment, state.controllers, metrics, batch),
     )  # fmt: skip
     return state, metrics, batch
 
@@ -342,8 +378,7 @@ def describe(parts: Parts) -> str:
     state = abstract_state(parts)
     n, g = experiment.prompts_per_step, experiment.group_size
     (rows, columns), width = rollout.tokens.shape, prompts.tokens.shape[1]
-    one_program = parts.reward.in_graph and stages.one_mesh(parts)
-    programs = "the whole step" if one_program else "the rollout, and the update after the rewards"
+    programs = "the whole step" if stages.one_program(parts) else "the rollout, and the update after the rewards"
     programs += describe_.the_dispatch(experiment)
     reads = sorted(name for name in parts.reads if name in ("Batch.values", "Batch.reference_log_probs"))
     return describe_.table({

@@ -16,7 +16,8 @@ _PUBLIC = {
         "length", "numeric", "reasoning_gym_score", "regular_expression", "symbolic",
     ),
     "mlrl.rewards.graph": (
-        "arithmetic", "countdown", "final_answer", "length_tokens", "overlong", "random", "truncated_penalty",
+        "arithmetic", "countdown", "final_answer", "from_environment", "length_tokens", "overlong", "random",
+        "truncated_penalty",
     ),
     "mlrl.rewards.programs": ("input_found", "output_found", "tests_passed"),
     "mlrl.rewards.adapters": ("from_openrlhf", "from_trl", "from_verifiers", "from_verl"),
