@@ -225,19 +225,20 @@ def texts_of(array: Array) -> list[str]:
     return [bytes(row).rstrip(b"\0").decode() for row in np.asarray(array)]
 
 
-def seeds(path: str, kind: int, *, most: int = 256) -> tuple[str, ...]:
+def seeds(path: str, kind: int, *, most: int = 256, width: int = 48) -> tuple[str, ...]:
     """Triplets' texts of a file of Absolute-Zero-Reasoner's seeds, as far as they can be written without another #.
 
     Args:
       path: seed_io.jsonl(.gz) with "snippet" and "input", or for induction code_f_seed_io.jsonl(.gz) with "inputs".
       most: how many at most.
+      width: of the buffer that they are for; longer ones are left out.
     """
     found = []
     for row in tables.read_jsonl(path, ("snippet",)):
         inputs = row.get("inputs", [row.get("input")])[: INDUCTION_INPUTS if kind == INDUCTION else 1]
         if all(isinstance(given, str) for given in inputs) and "#" not in json.dumps([row["snippet"], inputs]):
             text = "#".join((row["snippet"], *inputs))
-            found += [text] if parsed(kind, text) else []
+            found += [text] if len(text.encode()) + 2 <= width and parsed(kind, text) else []
     return tuple(found[:most])
 
 

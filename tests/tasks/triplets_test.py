@@ -122,4 +122,5 @@ def test_seeds_are_those_that_can_be_written(tmp_path):
     with gzip.open(path, "wt") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     assert triplets.seeds(str(path), DEDUCTION) == ('def f(a):\n    return a#"Hello"', "def f(a):\n    return a#1")
+    assert triplets.seeds(str(path), DEDUCTION, width=28) == ("def f(a):\n    return a#1",)
     assert triplets.seeds(str(path), INDUCTION) == ("def f(a):\n    return a#1#2#3#4",)
