@@ -52,6 +52,12 @@ def test_a_reward_takes_twelve_lines():
     assert FILES["my_rewards.py"].count("\n") <= 12
 
 
+def test_the_page_of_the_sandbox_says_what_came_out(folder):
+    module = {}
+    exec(FILES["my_sandbox.py"], module)
+    assert module["tried"]() == [("raised", [0.5, None]), ("timeout", [])]
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_can_be_prepared_and_uses_all_that_it_binds(name, folder):
     experiment, _ = main.load(name)

@@ -12,7 +12,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "mlrl"
 # A new file is added to the highest block that is below everything it imports.
 BLOCKS = (
     ("the surface", "__init__"),
-    ("types", "types processes"),
+    ("types", "types processes sandbox"),
     ("arithmetic", "reductions divergences controllers importance groups returns advantages selection metrics "
                    "monitoring batches losses"),
     ("data", "tokenizer_files vocabularies tasks prompts stored curricula data"),
