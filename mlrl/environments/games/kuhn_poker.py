@@ -43,13 +43,13 @@ def kuhn_poker(
 ) -> Game:
     """Kuhn's poker: three cards J < Q < K, one each, an ante of 1 and one bet of 1.
 
-    Who opens the round checks (x) or bets (b); so does the other after a check. A bet is called (c) or folded (f). A fold
-    loses 1; otherwise the cards are shown and the higher wins 1, or 2 after a call. Player 0 opens rounds 0, 2, ...
+    Who opens the round checks (x) or bets (b); so does the other after a check. A bet is called (c) or folded (f). A
+    fold loses 1; otherwise cards are shown and the higher wins 1, or 2 after a call. Player 0 opens rounds 0, 2, ...
 
     The mover is told its card at its first move of a round, and what the other did since: J, then b for a player who
-    checked. After a round it is first told, before the next card: the other's last move if it closed the round, the chips
-    won in it as +2 or -1, and the other's card where cards were shown. A move is one of xbcf, and an EOS where there is
-    room.
+    checked. After a round it is first told, before the next card: the other's last move if that closed the round, the
+    chips won in it as +2 or -1, and the other's card where cards were shown. A move is one of xbcf, and an EOS where
+    there is room.
 
     Args:
       vocabulary: spells "JQKxbcf+-12" as one token each.
@@ -60,10 +60,10 @@ def kuhn_poker(
       broken: what (the offender, the other player) win where a move is illegal or not readable, as shares of the most
         that can be won: payoff(2 R). By default it is all of it, so that the game stays zero-sum and no move is worse;
         SPIRAL's code pays (-1.5, 0.5), which makes both players' mean returns depend on how often rules are broken.
-    Returns: a Game of at most 3 R moves, 2 R of one player.
+    Returns: a Game of at most 3 R moves, half of them (rounded up) of one player, who may move twice in a row.
     Raises: Refused, if the vocabulary, the marker, `rounds` or `broken` do not fit.
-    Reference: Kuhn 1950; Liu et al. 2025, SPIRAL, with 5 rounds (its code calls the last round's winner the winner of all,
-      and player 1 opens the first there).
+    Reference: Kuhn 1950; Liu et al. 2025, SPIRAL, with 5 rounds (in its code player 1 opens the first, and the winner
+      of the last is the winner of all).
     """
     require_whole("kuhn_poker", "rounds", rounds, 1)
     broken = w.check_broken("kuhn_poker", broken)

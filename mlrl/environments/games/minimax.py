@@ -92,8 +92,8 @@ def perfect_policy() -> np.ndarray:
     return best / np.maximum(best.sum(1, keepdims=True), 1)
 
 
-def results(first: np.ndarray, second: np.ndarray, start: int = 0) -> np.ndarray:
-    """How games of two policies end: the probabilities of RESULTS, [5], exact.
+def results(first: np.ndarray, second: np.ndarray, start: int | np.ndarray = 0) -> np.ndarray:
+    """How games of two policies end: the probabilities of RESULTS, [*,5], exact.
 
     For policies that know the board and nothing else. One that also remembers how it came about is not a table: its
     results are counted in games against `perfect` or `at_random`.
@@ -101,7 +101,7 @@ def results(first: np.ndarray, second: np.ndarray, start: int = 0) -> np.ndarray
     Args:
       first, second: [S,9] probabilities of the nine moves of players 0 and 1; a row is read where the player moves.
         What is missing to 1, or lies on an occupied cell, breaks the rules.
-      start: the position from which they play.
+      start: the position from which they play, or several.
     Raises: Refused, if a row has a negative probability, or sums to more than 1.
     """
     game, end = solved(), np.zeros((POSITIONS, 5))
@@ -116,7 +116,7 @@ def results(first: np.ndarray, second: np.ndarray, start: int = 0) -> np.ndarray
 
 
 def best_response(policy: np.ndarray, seat: int, broken: tuple[float, float] = w.ZERO_SUM) -> float:
-    """What the best player wins against `policy` [S,9], who is player `seat`: the value of the game, 0, is perfect play.
+    """What the best player wins against `policy` [S,9], who is player `seat`: 0, the game's value, if it never errs.
 
     Args:
       broken: see tic_tac_toe.tic_tac_toe; the best player earns broken[1] where the policy breaks the rules.

@@ -22,8 +22,8 @@ def tic_tac_toe(
 ) -> Game:
     """Tic-Tac-Toe. Player 0 is X and moves first; three in a line win 1 to -1, and a full board is a draw, 0 to 0.
 
-    The mover is told its mark and then the board, row by row: O....X.... is told to O after X took the middle. A move is
-    the digit of an empty cell, 0 to 8, and an EOS where there is room.
+    The mover is told its mark and then the board, row by row: O....X.... is told to O after X took the middle. A move
+    is the digit of an empty cell, 0 to 8, and an EOS where there is room.
 
     Args:
       vocabulary: spells ".XO012345678" as one token each.

@@ -117,7 +117,7 @@ def uniform(key: Array, allowed: Array) -> Array:
 
 
 def when_broken(broke: Array, broken: tuple[float, float], most: float, outcome: Array) -> Array:
-    """`outcome` [2], or `broken` = (the offender's, the opponent's) times `most` where player `broke` >= 0 broke rules."""
+    """`outcome` [2], or `most` times `broken`, (the offender's, the opponent's), where player `broke` broke rules."""
     offender, opponent = broken
     paid = most * jnp.where(jnp.arange(2) == broke, offender, opponent)
     return jnp.where(broke >= 0, paid, outcome).astype(jnp.float32)
