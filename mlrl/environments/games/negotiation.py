@@ -156,7 +156,8 @@ def _observation(vocabulary: Vocabulary, values: Any, known: w.Words) -> tuple[C
 
     def observation(state: Any) -> tuple[Array, Array]:
         me, said = player(state), state["said"]
-        told = jnp.concatenate([shown(jnp.asarray(values)[me]), shown(state["have"][me]), known.tokens[said]])
+        move = jnp.asarray(known.tokens)[said]
+        told = jnp.concatenate([shown(jnp.asarray(values)[me]), shown(state["have"][me]), move])
         count = jnp.where(said >= 0, jnp.asarray(known.lengths)[said], 0)
         keep = jnp.concatenate([jnp.repeat(state["turn"] < 2, 6), jnp.ones(6, bool),
                                 jnp.arange(known.tokens.shape[1]) < count])  # fmt: skip

@@ -121,8 +121,8 @@ def test_best_responses_are_those_of_all_pure_ones(table):
 
 
 def test_exploitability_by_hand():
-    # Against one who always bets and calls, the best player folds J and loses 1, calls with Q and wins 2 from J or loses
-    # 2 to K, and calls with K and wins 2: 1/3 in the mean. As player 0 it checks first, or bets K.
+    # Against one who always bets and calls, the best player folds J and loses 1, calls with Q and wins 2 from J or
+    # loses 2 to K, and calls with K and wins 2: 1/3 in the mean. As player 0 it checks first, or bets K.
     bold = kuhn_exact.exploitability(BOLD)
     np.testing.assert_allclose(bold, [0, 1 / 3, 1 / 3, 1 / 3], atol=1e-6)
     # Who always checks and folds loses 1 to every bet; the other bets always.

@@ -23,34 +23,45 @@ def params():
     return jax.tree.map(lambda x: 2 * x, initialize(MODEL, jax.random.key(0)))
 
 
+def moves_of(rows, b):
+    """[(all that the player read and wrote before, without ends; what it wrote; its log-prob)] of a row."""
+    heard, found = "", []
+    for turn in range(2):
+        mine = rows.valid[b, 1:] & (rows.turn[b, 1:] == turn)
+        acted = rows.action_mask[b, 1:] & mine
+        heard += VOCABULARY.decode(rows.tokens[b, 1:][mine & ~acted])
+        found.append((heard, rows.tokens[b, 1:][acted].tolist(), rows.behavior_log_probs[b, 1:][acted].sum()))
+        heard += VOCABULARY.decode(found[-1][1])
+    return [move for move in found if move[1]]
+
+
 def test_a_rollout_records_the_same_probabilities():
-    table = np.asarray(reading.kuhn_table(MODEL, params(), temperature=0.8, **SETTINGS))
+    one = list(VOCABULARY.alphabet)
+    known = words.words(VOCABULARY, one + [a + b for a in one for b in one])
+    place = {text: i for i, text in enumerate(known.texts)}
+    sets = kuhn_poker.information_sets(VOCABULARY, text=":")
+    chances = np.asarray(reading.policy_at_information_sets(
+        MODEL, params(), sets, known, jnp.ones((12, len(place)), bool), vocabulary=VOCABULARY, max_move_tokens=2,
+        temperature=0.8).moves)  # fmt: skip
     prompts = kuhn_poker.prompts(VOCABULARY, text=":").at(np.zeros(1, np.int32), np.zeros(1, np.int32))
     rows = jax.device_get(jax.jit(functools.partial(
-        self_play, MODEL, vocabulary=VOCABULARY, sampling=Sampling(temperature=0.8), group_size=2**14,
-        game=kuhn_poker.kuhn_poker(VOCABULARY), max_moves=3, max_move_tokens=2, opponent=kuhn_poker.at_random(VOCABULARY),
+        self_play, MODEL, vocabulary=VOCABULARY, sampling=Sampling(temperature=0.8), group_size=2**13,
+        game=kuhn_poker.kuhn_poker(VOCABULARY), max_moves=3, max_move_tokens=2,
+        opponent=kuhn_poker.at_random(VOCABULARY),
     ))(params(), prompts, jax.random.key(1)))  # fmt: skip
-    seen = set()
-    options = {(3 * h + c, kuhn_poker.MOVES[m]): k for h in range(4) for c in range(3)
-               for k, m in enumerate(kuhn_poker.OPTIONS[h])}  # fmt: skip
+    seen, ended = set(), set()
     for b in np.flatnonzero(rows.action_mask.any(1)):
-        heard = ""
-        for turn in range(2):
-            mine = rows.valid[b, 1:] & (rows.turn[b, 1:] == turn)
-            acted = rows.action_mask[b, 1:] & mine
-            heard += VOCABULARY.decode(rows.tokens[b, 1:][mine & ~acted])
-            said = rows.tokens[b, 1:][acted]
-            betting = {"": 0, "x": 1, "b": 2, "xb": 3}[heard[1:]]
-            row, move = 3 * betting + "JQK".index(heard[0]), VOCABULARY.decode(said)
-            if len(said) < 2 or said[1] not in VOCABULARY.eos_ids or (row, move) not in options:
-                break
-            found = np.exp(rows.behavior_log_probs[b, 1:][acted].sum())
-            np.testing.assert_allclose(table[row, options[row, move]], found, rtol=1e-3)
-            seen.add(row)
-            heard += move
-            if not (rows.turn[b] == 1).any():
-                break
-    assert len(seen) >= 10 and seen & {9, 10, 11}, "the test needs moves at most information sets"
+        for heard, tokens, log_prob in moves_of(rows, b):
+            row = 3 * kuhn_poker.BETTING.index(heard[1:]) + kuhn_poker.CARDS.index(heard[0])
+            text = VOCABULARY.decode(tokens)
+            if tokens == VOCABULARY.encode(text) + list(VOCABULARY.eos_ids) * (len(text) < 2) and text:
+                np.testing.assert_allclose(chances[row, place[text]], np.exp(log_prob), rtol=1e-3)
+                seen.add(row)
+                ended.add(len(text))
+    assert len(seen) == 12 and ended == {1, 2}
+    table = reading.kuhn_table(MODEL, params(), temperature=0.8, **SETTINGS)
+    names = [("x", "b")] * 6 + [("f", "c")] * 6
+    np.testing.assert_allclose(table, [[chances[i, place[m]] for m in pair] for i, pair in enumerate(names)], rtol=1e-5)
 
 
 def test_what_is_illegal_is_the_rest():
