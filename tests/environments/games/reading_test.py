@@ -45,7 +45,7 @@ def test_a_rollout_records_the_same_probabilities():
         temperature=0.8).moves)  # fmt: skip
     prompts = kuhn_poker.prompts(VOCABULARY, text=":").at(np.zeros(1, np.int32), np.zeros(1, np.int32))
     rows = jax.device_get(jax.jit(functools.partial(
-        self_play, MODEL, vocabulary=VOCABULARY, sampling=Sampling(temperature=0.8), group_size=2**13,
+        self_play, MODEL, vocabulary=VOCABULARY, sampling=Sampling(temperature=0.8), group_size=2**14,
         game=kuhn_poker.kuhn_poker(VOCABULARY), max_moves=3, max_move_tokens=2,
         opponent=kuhn_poker.at_random(VOCABULARY),
     ))(params(), prompts, jax.random.key(1)))  # fmt: skip
