@@ -20,7 +20,7 @@ BLOCKS = (
     ("rollout", "sampling generation refilled rollouts environments"),
     ("rewards", "rewards"),
     ("learning", "optimizers updates costs"),
-    ("IO", "folders checkpoints profiling writers evaluation evaluation_stored report runs export"),
+    ("IO", "folders checkpoints profiling writers evaluation evaluation_stored evaluation_games report runs export"),
     ("loops", "loops"),
     ("pods", "pods"),
     ("the door", "main __main__"),

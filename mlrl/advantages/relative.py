@@ -198,7 +198,19 @@ def task_relative(batch: Batch, *, eps: float = 1e-8) -> Pair:
     return spread(batch, jnp.where(scored & ~alone, relative, 0.0))
 
 
-def role_conditioned(*, roles: int = 2, decay: float = 0.95) -> StatefulAdvantage:
+def own_role(batch: Batch) -> Array:
+    """The role of each row, [B]."""
+    return batch.rollout.role
+
+
+def one_role(batch: Batch) -> Array:
+    """0 for each row, [B]: all roles are one."""
+    return jnp.zeros_like(batch.rollout.role)
+
+
+def role_conditioned(
+    *, roles: int = 2, decay: float = 0.95, role_fn: Callable[[Batch], Array] = own_role
+) -> StatefulAdvantage:
     """Score minus a running mean kept for each role: A = R - b, then b <- decay^n b + (1 - decay^n) mean R.
 
     n is how many scored rows of the batch have that role. All rows see the old b (the authors update row by row), so
@@ -207,6 +219,7 @@ def role_conditioned(*, roles: int = 2, decay: float = 0.95) -> StatefulAdvantag
     Args:
         roles: how many roles; they lie in [0, roles).
         decay: per row.
+        role_fn: own_role, or one_role for a single running mean that all players share.
 
     Returns:
         StatefulAdvantage; its state is [roles] float32, from 0.
@@ -221,7 +234,7 @@ def role_conditioned(*, roles: int = 2, decay: float = 0.95) -> StatefulAdvantag
         raise Refused(f"role_conditioned: decay must lie in [0, 1), got {decay}")
 
     def update(state: Array, batch: Batch) -> tuple[Pair, Array]:
-        scores, scored, role = row_scores(batch), batch.rewards.scored, batch.rollout.role
+        scores, scored, role = row_scores(batch), batch.rewards.scored, role_fn(batch)
         n = jnp.zeros((roles,), jnp.float32).at[role].add(scored)
         mean = jnp.zeros((roles,), jnp.float32).at[role].add(scores) / jnp.maximum(n, 1.0)
         kept = decay**n

@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 
 from mlrl import meshes, scoring
 from mlrl import prompts as prompts_lib
-from mlrl.evaluation import AnyEvaluation, completions
+from mlrl.evaluation import AnyEvaluation, Evaluation, completions
+from mlrl.evaluation_games import Match
 from mlrl.evaluation_stored import StoredEvaluation
 from mlrl.models.transformer import Config, Transformer
 from mlrl.rewards.completions import name_of
@@ -268,14 +269,14 @@ def evaluations_work(evaluations: Sequence[AnyEvaluation]) -> None:
         prompts_lib.first(evaluation.task, evaluation.prompts)
         if isinstance(evaluation, StoredEvaluation):
             evaluation.require_candidates()
-        else:
+        elif isinstance(evaluation, Evaluation):
             rewards_work(lift(evaluation.reward_fn), evaluation.task)
 
 
 def evaluations_sample(experiment: Any, model: Transformer, params: Any, *, by_step: bool = False) -> None:
     """Traces the sampler of every evaluation, but (`by_step`) those that sample as the step does; compiles nothing."""
     for evaluation in experiment.evaluations:
-        if isinstance(evaluation, StoredEvaluation):
+        if not isinstance(evaluation, Evaluation | Match):
             continue
         if not by_step or evaluation.rollout(experiment.rollout_fn) is not experiment.rollout_fn:
             task = evaluation.task
