@@ -19,6 +19,7 @@ _PUBLIC = {
         "arithmetic", "countdown", "final_answer", "from_environment", "length_tokens", "overlong", "random",
         "truncated_penalty",
     ),
+    "mlrl.rewards.programs": ("input_found", "output_found", "tests_passed"),
     "mlrl.rewards.adapters": ("from_openrlhf", "from_trl", "from_verifiers", "from_verl"),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
