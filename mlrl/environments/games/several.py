@@ -63,10 +63,11 @@ def one_of(
                         vocabulary.pad_id)  # fmt: skip
 
     def step(state: Any, tokens: Array, length: Array) -> Any:
-        after = tuple(
-            jax.tree.map(lambda new, old: jnp.where(state["which"] == i, new, old), game.step(own, tokens, length), own)
-            for i, (game, own) in enumerate(zip(games, state["games"]))
-        )
+        def moved(i: int, game: Game, own: Any) -> Any:
+            mine = state["which"] == i
+            return jax.tree.map(lambda new, old: jnp.where(mine, new, old), game.step(own, tokens, length), own)
+
+        after = tuple(moved(i, *both) for i, both in enumerate(zip(games, state["games"])))
         return state | {"met": state["met"].at[ask("player")(state)].set(True), "games": after}
 
     return Game(reset, ask("player"), observation, step, ask("done"), ask("outcome"), ask("invalid"),
