@@ -1,4 +1,4 @@
-"""Evaluation of a policy that plays games: matches against players who do not learn, and exact measures of Kuhn poker."""
+"""Evaluation of a policy that plays games: matches against players who do not learn, and Kuhn poker exactly."""
 
 from __future__ import annotations
 

@@ -1,0 +1,168 @@
+"""The arms of the SPIRAL study on two games, over several seeds, at one budget of rows: tables and a plot.
+
+    python -m experiments.spiral.compare FOLDER [--seeds 5] [--games kuhn] [--arms role shared] [--gin.STEPS=100 ...]
+
+An arm is GAME.gin or GAME_ARM.gin of this folder. All arms of a seed start from the same warm-started parameters; the
+seeds of an arm are trained by one program, each in a run folder of its own. An arm that is done is not done again, one
+that was cut is begun again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import pickle
+import shutil
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.study import shown, t_interval
+from mlrl import main, runs
+from mlrl.loops import online, seeds
+
+ARMS = ("role", "shared", "none", "fixed")
+# What the table of a game shows: heading -> (metric, which part of the run). Of a curve that goes up and down the last
+# value says little, so the mean over the last quarter of the steps ("late") stands beside it.
+COLUMNS = {
+    "kuhn": {
+        "exploitability, last": ("eval/kuhn_poker/exploitability", "last"),
+        "exploitability, last quarter": ("eval/kuhn_poker/exploitability", "late"),
+        "chips a round against random": ("eval/kuhn_poker/payoff_random", "last"),
+        "against the equilibrium": ("eval/kuhn_poker/payoff_equilibrium", "last"),
+        "won against random": ("eval/against_random/won", "last"),
+        "won against the equilibrium": ("eval/against_equilibrium/won", "last"),
+    },
+    "tic_tac_toe": {
+        "won against random": ("eval/against_random/won", "last"),
+        "lost against random": ("eval/against_random/lost", "last"),
+        "drawn against minimax": ("eval/against_minimax/drawn", "last"),
+        "payoff as X": ("eval/against_minimax/payoff_0", "last"),
+        "payoff as O": ("eval/against_minimax/payoff_1", "last"),
+    },
+}
+BOTH = {"invalid rows in training": ("reward/from_environment/invalid", "late"), "gradient norm": ("grad_norm", "late")}
+PANELS = (("kuhn", "eval/kuhn_poker/exploitability", "Kuhn poker: exploitability, chips"),
+          ("tic_tac_toe", "eval/against_minimax/drawn", "Tic-Tac-Toe: drawn against minimax"),
+          ("tic_tac_toe", "eval/against_random/won", "Tic-Tac-Toe: won against random"))  # fmt: skip
+
+
+def compare() -> None:
+    """Runs what is missing, then writes FOLDER/table.md and FOLDER/plot.png."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--games", nargs="+", default=list(COLUMNS))
+    parser.add_argument("--arms", nargs="+", default=ARMS)
+    arguments, rest = parser.parse_known_args()
+    overrides = dict(word.removeprefix("--gin.").split("=", 1) for word in rest)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    for game in arguments.games:
+        for arm in arguments.arms:
+            run(arguments.folder, game, arm, arguments.seeds, overrides)
+    found = {game: {arm: read(arguments.folder / f"{game}-{arm}") for arm in arguments.arms}
+             for game in arguments.games}  # fmt: skip
+    text = "\n".join(line for game, arms in found.items() for line in table(game, arms))
+    (arguments.folder / "table.md").write_text(text)
+    plot(found, arguments.folder / "plot.png")
+    print(text)
+
+
+def run(folder: pathlib.Path, game: str, arm: str, count: int, overrides: dict[str, str]) -> None:
+    """All seeds of an arm, unless they are done; done.json says how many minutes they took."""
+    own = folder / f"{game}-{arm}"
+    if (own / "done.json").is_file():
+        return
+    shutil.rmtree(own, ignore_errors=True)
+    file = f"experiments/spiral/{game}{'' if arm == 'role' else f'_{arm}'}.gin"
+    experiments = [
+        started(main.load(file, overrides | {"SEED": str(seed)})[0], folder / f"{game}-warm-{seed}.pickle")
+        for seed in range(count)
+    ]
+    began = time.time()
+    print(f"{game} {arm}: {count} seeds of {experiments[0].num_steps} steps", flush=True)
+    folders = [own / f"seed_{seed}" for seed in range(count)]
+    for one in folders:
+        one.mkdir(parents=True)
+    seeds.train(online.prepare(experiments[0]), experiments, folders)
+    (own / "done.json").write_text(json.dumps({"minutes": (time.time() - began) / 60}))
+
+
+def started(experiment: online.Experiment, path: pathlib.Path) -> online.Experiment:
+    """The experiment, begun from the parameters in `path`: its own warm start, made once for all arms of a seed."""
+    if not path.is_file():
+        parts = online.prepare(experiment)
+        began = time.time()
+        params = experiment.start(parts.model, jax.random.key(1000 + experiment.seed))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(pickle.dumps(jax.device_get(params)))
+        print(f"{path.stem}: {time.time() - began:.0f} s", flush=True)
+    params = pickle.loads(path.read_bytes())
+    recording = runs.Recording(save_every_steps=0, samples_every_steps=0)
+    return dataclasses.replace(
+        experiment, start=lambda model, key: jax.tree.map(jax.numpy.asarray, params), recording=recording)  # fmt: skip
+
+
+def read(folder: pathlib.Path) -> list[dict[str, dict[int, float]]]:
+    """{metric: {step: value}} of each seed."""
+    found = []
+    for path in sorted(folder.glob("seed_*/metrics.jsonl")):
+        metrics: dict[str, dict[int, float]] = {}
+        for line in map(json.loads, path.read_text().splitlines()):
+            for name, value in line.items():
+                metrics.setdefault(name, {})[line["step"]] = value
+        found.append(metrics)
+    return found
+
+
+def number(curve: dict[int, float], part: str) -> float:
+    """Of a curve: its "first" or "last" value, or the mean over the "late" quarter of the steps."""
+    steps = sorted(curve)
+    if part == "late":
+        return float(np.mean([curve[step] for step in steps if step > 0.75 * steps[-1]]))
+    return curve[steps[0] if part == "first" else steps[-1]]
+
+
+def table(game: str, arms: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """A Markdown table of one game: the start that all arms share, then every arm."""
+    columns = COLUMNS[game] | BOTH
+    lines = [f"| {game} | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    first = next(iter(arms.values()))
+    rows = {"warm start": (first, "first"), **{name: (curves, "") for name, curves in arms.items()}}
+    for name, (curves, part) in rows.items():
+        cells = [shown([number(seed[metric], part or usual) for seed in curves]) for metric, usual in columns.values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def plot(found: dict[str, dict[str, list[dict[str, Any]]]], path: pathlib.Path) -> None:
+    """A panel for each measure: mean over seeds and its interval against the step, one colour an arm."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [panel for panel in PANELS if panel[0] in found]
+    figure, places = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.6), layout="constrained", squeeze=False)
+    for axes, (game, metric, title) in zip(places[0], panels):
+        for arm, curves in found[game].items():
+            steps = sorted(curves[0][metric])
+            at = [[seed[metric][step] for seed in curves] for step in steps]
+            (line,) = axes.plot(steps, [sum(values) / len(values) for values in at], label=arm)
+            if len(curves) > 1:
+                intervals = [t_interval(values) for values in at]
+                axes.fill_between(steps, [i.low for i in intervals], [i.high for i in intervals], alpha=0.2,
+                                  color=line.get_color())  # fmt: skip
+        axes.set(title=title, xlabel="training step")
+        axes.grid(alpha=0.3)
+    places[0][0].legend()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    compare()
