@@ -171,6 +171,9 @@ def test_role_conditioned_baselines_remember():
     np.testing.assert_allclose(state, [1.5, 2])  # half of 4; two rows of mean 2 keep a quarter
     (second, _), _ = fn.update(state, batch)
     np.testing.assert_allclose(second[:, 0], [-0.5, 1.5, 2, 0])
+    shared = advantages.role_conditioned(roles=1, decay=0.5, role_fn=advantages.one_role)
+    _, state = shared.update(shared.init(), batch)
+    np.testing.assert_allclose(state, [7 / 8 * 8 / 3])  # three rows of mean 8/3 keep an eighth
     for wrong in (dict(roles=0), dict(decay=1.0)):
         with pytest.raises(Refused, match="role_conditioned"):
             advantages.role_conditioned(**wrong)

@@ -1,0 +1,77 @@
+"""Matches and exact measures: by hand, and of a model without a preference."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+
+from mlrl.environments.games import kuhn_exact, kuhn_poker
+from mlrl.evaluation import Measured
+from mlrl.evaluation_games import KuhnTable, Match, match_statistics
+from mlrl.models.transformer import Config, Transformer, initialize
+from mlrl.rollouts.self_play import self_play
+from mlrl.rollouts.single_turn import single_turn
+from mlrl.types import Refused
+from mlrl.vocabularies import characters
+
+VOCABULARY = characters("xbcfJQK+-12:")
+MODEL = Transformer(Config(vocabulary_size=VOCABULARY.size, width=16, layers=1, heads=2, kv_heads=1, head_width=8,
+                           mlp_width=24))  # fmt: skip
+EVEN = jax.tree.map(jnp.zeros_like, initialize(MODEL, jax.random.key(0)))
+TASK = kuhn_poker.prompts(VOCABULARY, text=":", name="kuhn")
+
+
+def value(evaluation):
+    found = evaluation.measure(Measured(MODEL, single_turn, MODEL))(EVEN, ())
+    return {name: result["value"] for name, result in found["kuhn"].items()}
+
+
+def test_statistics_of_a_match_by_hand():
+    """Player 0 wins 2, loses by a broken rule, and never moves; player 1 draws."""
+    found = match_statistics(np.asarray([2.0, 0.0, -2.0, np.nan]), np.asarray([0, 1, 0, 0]), np.asarray([0, 0, 1, 0]))
+    means = {name: result["value"] for name, result in found.items()}
+    third = pytest.approx(1 / 3)
+    assert means == {"won": third, "drawn": third, "lost": third, "invalid": third, "payoff": pytest.approx(0),
+                     "won_0": 0.5, "payoff_0": 0.0, "won_1": 0.0, "payoff_1": 0.0}  # fmt: skip
+    assert found["won"]["prompts"] == 3 and found["won"]["low"] < 1 / 3 < found["won"]["high"]
+
+
+def test_a_table_of_a_model_without_a_preference():
+    chance = 1 / VOCABULARY.size
+    found = value(KuhnTable(TASK, max_move_tokens=1))
+    table = np.full((12, 2), chance)
+    expected = kuhn_exact.exploitability(table)
+    assert found["illegal"] == pytest.approx(1 - 2 * chance, abs=1e-5)
+    np.testing.assert_allclose([found[name] for name in expected._fields], expected, atol=1e-5)
+    # As player 0 its first move breaks a rule (-2) unless it is one of two; after a check or a bet against a player who
+    # tosses coins, showdowns are even: a check is answered by a check (0) or a bet, then it breaks a rule, or folds (-1)
+    # or calls (0); a bet is folded (+1) or called (0).
+    broke = 1 - 2 * chance
+    first = -2 * broke + chance * 0.5 * (-2 * broke - chance) + chance * 0.5
+    # As player 1, after a check (half): a check (0), or a bet that is folded (+1) or called; after a bet: a fold or call.
+    second = -2 * broke + 0.5 * chance * 0.5 - 0.5 * chance
+    assert found["payoff_random"] == pytest.approx((first + second) / 2, abs=1e-5)
+    assert found["payoff_equilibrium"] < 0
+
+
+def test_a_match_of_a_model_without_a_preference():
+    opponent = kuhn_poker.at_random(VOCABULARY, max_move_tokens=1)
+    play = functools.partial(self_play, game=kuhn_poker.kuhn_poker(VOCABULARY), max_moves=3, max_move_tokens=1)
+    match = Match(TASK, functools.partial(play, opponent=opponent), prompts=512)
+    assert match.rollout(single_turn) is match.rollout_fn and match.due(0, 10) and not match.due(5, 10)
+    found = value(match)
+    broke = 1 - 2 / VOCABULARY.size
+    assert broke < found["invalid"] + 0.05 < broke + 0.15 and found["invalid"] <= found["lost"]
+    assert found["won"] + found["drawn"] + found["lost"] == pytest.approx(1)
+    assert found["payoff"] == pytest.approx((found["payoff_0"] + found["payoff_1"]) / 2, abs=1e-5)
+
+
+def test_mistakes_are_refused():
+    with pytest.raises(Refused, match="call a function"):
+        Match(kuhn_poker.prompts, self_play)
+    with pytest.raises(Refused, match=r"KuhnTable.every_steps"):
+        KuhnTable(TASK, every_steps=-1)
+    with pytest.raises(Refused, match="must be self_play"):
+        value(Match(TASK, functools.partial(single_turn, max_completion_tokens=1), prompts=2))
