@@ -45,12 +45,12 @@ def test_a_table_of_a_model_without_a_preference():
     expected = kuhn_exact.exploitability(table)
     assert found["illegal"] == pytest.approx(1 - 2 * chance, abs=1e-5)
     np.testing.assert_allclose([found[name] for name in expected._fields], expected, atol=1e-5)
-    # As player 0 its first move breaks a rule (-2) unless it is one of two; after a check or a bet against a player who
-    # tosses coins, showdowns are even: a check is answered by a check (0) or a bet, then it breaks a rule, or folds (-1)
-    # or calls (0); a bet is folded (+1) or called (0).
+    # As player 0 it breaks a rule at once (-2) unless it writes one of two moves. Showdowns are even.
+    # After a check comes a check (0) or a bet; then it breaks a rule, folds (-1) or calls (0). After a bet a fold (+1)
+    # or a call (0).
     broke = 1 - 2 * chance
     first = -2 * broke + chance * 0.5 * (-2 * broke - chance) + chance * 0.5
-    # As player 1, after a check (half): a check (0), or a bet that is folded (+1) or called; after a bet: a fold or call.
+    # As player 1: after a check a check (0), or a bet, folded (+1) or called (0); after a bet a fold (-1) or a call.
     second = -2 * broke + 0.5 * chance * 0.5 - 0.5 * chance
     assert found["payoff_random"] == pytest.approx((first + second) / 2, abs=1e-5)
     assert found["payoff_equilibrium"] < 0
