@@ -67,7 +67,8 @@ def kuhn_poker(
     """
     require_whole("kuhn_poker", "rounds", rounds, 1)
     broken = w.check_broken("kuhn_poker", broken)
-    most = float(payoff(jnp.int32(2 * rounds)))
+    with jax.ensure_compile_time_eval():  # gin may make the game while the rollout is traced
+        most = float(payoff(jnp.int32(2 * rounds)))
     read = w.reader(vocabulary, w.words(vocabulary, MOVES), marker)
 
     def reset(key: Array) -> dict[str, Array]:
