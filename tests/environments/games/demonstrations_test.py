@@ -1,32 +1,46 @@
-"""Demonstrations: what a mover had before it, token for token, and moves that keep the rules."""
+"""Rows of demonstrated games: token for token those of self-play, and moves that keep the rules."""
 
+import functools
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mlrl.environments.games import kuhn_poker, tic_tac_toe
-from mlrl.environments.games.demonstrations import demonstrations
+from mlrl.environments.games.demonstrations import rows_of_games
 from mlrl.environments.games.words import VOCABULARY
 from mlrl.types import Refused
 
 EOS = VOCABULARY.eos_ids[0]
+KUHN = dict(game=kuhn_poker.kuhn_poker(), player=kuhn_poker.at_random(), max_moves=3, max_move_tokens=2)
+TIC_TAC_TOE = dict(game=tic_tac_toe.tic_tac_toe(), player=tic_tac_toe.at_random(), max_moves=9, max_move_tokens=2)
 
 
-def rows(task):
-    index = np.arange(task.sizes[0])
-    prompts, (targets, valid) = task.at(0 * index, index), task.targets(0 * index, index)
-    pairs = zip(prompts.tokens, prompts.valid, targets, valid)
-    return [(tuple(p[v].tolist()), t[w].tolist()) for p, v, t, w in pairs]
+def moves(task, rows, **settings):
+    """[(row, all tokens before the move, the move)] of all rows, and the rollout."""
+    batch = jax.jit(functools.partial(rows_of_games, task, rows=rows, weights=jnp.ones(1), **settings))(
+        key=jax.random.key(0), step=0)  # fmt: skip
+    rollout, found = jax.device_get(batch.rollout.check()), []
+    assert batch.rewards.scored.all() and np.isnan(rollout.behavior_log_probs[rollout.action_mask]).all()
+    for b in range(rows):
+        for turn in range(5):
+            mine = np.flatnonzero(rollout.action_mask[b] & (rollout.turn[b] == turn))
+            if mine.size:
+                before = rollout.tokens[b, : mine[0]][rollout.valid[b, : mine[0]]]
+                found.append((b, before.tolist(), rollout.tokens[b, mine].tolist()))
+    return found, rollout
 
 
 def test_rows_of_kuhn_poker_are_its_information_sets():
-    task = demonstrations(kuhn_poker.prompts(), kuhn_poker.kuhn_poker(), kuhn_poker.at_random(), games=400, max_moves=3)
+    found, rollout = moves(kuhn_poker.prompts(), 800, **KUHN)
     sets = kuhn_poker.information_sets()
-    place = {tuple(t[v].tolist()): i for i, (t, v) in enumerate(zip(*map(np.asarray, sets[:2])))}
+    place = {tuple(t[v].tolist()): i for i, (t, v) in enumerate(zip(np.asarray(sets.tokens), np.asarray(sets.valid)))}
     counts = np.zeros((12, 4), int)
-    for prompt, target in rows(task):
-        move, end = target
-        counts[place[prompt], kuhn_poker.MOVES.index(VOCABULARY.decode([move]))] += 1
-        assert end == EOS
+    for b, before, (move, end) in found:
+        row = place[tuple(before)]
+        counts[row, kuhn_poker.MOVES.index(VOCABULARY.decode([move]))] += 1
+        assert end == EOS and rollout.role[b] == b % 2 == (3 <= row < 9)
     assert counts[:3].sum() == 400  # one first move a game
     bets = counts[:3, kuhn_poker.BET].sum()
     assert counts[6:9].sum() == bets and counts[3:6].sum() == 400 - bets  # and one answer
@@ -34,22 +48,25 @@ def test_rows_of_kuhn_poker_are_its_information_sets():
     assert 150 < bets < 250 and (counts[:6, 2:] == 0).all() and (counts[6:, :2] == 0).all()
 
 
-def test_a_row_goes_on_where_the_players_last_one_ended():
-    task = demonstrations(tic_tac_toe.prompts(), tic_tac_toe.tic_tac_toe(), tic_tac_toe.at_random(), games=2)
-    before = {}
-    for prompt, target in rows(task):
-        board, cell = VOCABULARY.decode(list(prompt[-9:])), int(VOCABULARY.decode(target[:1]))
-        mark = VOCABULARY.decode([prompt[-10]])
-        assert board[cell] == "." and board.count("X") - board.count("O") == "XO".index(mark)
-        if board.count(mark):
-            assert prompt[:-10] == before[mark]
-        else:
-            assert VOCABULARY.decode(list(prompt[:-10])) == tic_tac_toe.PROMPT
-        before[mark] = (*prompt, *target)
+def test_a_row_of_tic_tac_toe_holds_all_moves_of_a_player():
+    found, _ = moves(tic_tac_toe.prompts(), 8, **TIC_TAC_TOE)
+    written = {}
+    for b, before, (move, end) in found:
+        mark, board, cell = VOCABULARY.decode(before[-10:-9]), VOCABULARY.decode(before[-9:]), VOCABULARY.decode([move])
+        assert end == EOS and mark == "XO"[b % 2] and board.count("X") - board.count("O") == b % 2
+        assert board[int(cell)] == "."
+        assert VOCABULARY.decode(before[:-10]) == tic_tac_toe.PROMPT if b not in written else before[:-10] == written[b]
+        written[b] = [*before, move, end]
+    assert set(written) == set(range(8))
 
 
-def test_mistakes_are_refused():
-    with pytest.raises(Refused, match=r"demonstrations.games"):
-        demonstrations(kuhn_poker.prompts(), kuhn_poker.kuhn_poker(), kuhn_poker.at_random(), games=0)
+def test_steps_differ_and_mistakes_are_refused():
+    draw = functools.partial(rows_of_games, kuhn_poker.prompts(), jax.random.key(0), weights=jnp.ones(1))
+    one, same, other = (np.asarray(draw(step, rows=64, **KUHN).rollout.tokens) for step in (0, 0, 1))
+    assert (one == same).all() and (one != other).any()
+    with pytest.raises(Refused, match="make it even"):
+        draw(0, rows=3, **KUHN)
+    with pytest.raises(Refused, match=r"rows_of_games.max_moves"):
+        draw(0, rows=4, **KUHN | dict(max_moves=0))
     with pytest.raises(Refused):
-        demonstrations(kuhn_poker.prompts(), kuhn_poker.kuhn_poker(), kuhn_poker.at_random(), max_move_tokens=3)
+        draw(0, rows=4, **KUHN | dict(max_move_tokens=3))
