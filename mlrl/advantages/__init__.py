@@ -18,6 +18,7 @@ from mlrl.advantages.along import (
     turn_level,
     turns,
 )
+from mlrl.advantages.attempts import attempt_scores, attempts
 from mlrl.advantages.relative import (
     by_score,
     gdpo,
@@ -36,6 +37,8 @@ from mlrl.advantages.targets import kto, trajectory_balance
 from mlrl.advantages.wrappers import kl_in_reward, whitened, without_outliers
 
 __all__ = [
+    "attempt_scores",
+    "attempts",
     "by_score",
     "fixed_chunks",
     "gae",

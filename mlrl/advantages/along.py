@@ -157,13 +157,13 @@ def turn_level(
     """
     b, l = batch.mask.shape
     turn = batch.rollout.turn
-    rewards, present = _by_turn(batch)
+    rewards, present = by_turn(batch)
     to_go = along.reward_to_go(rewards, present, discount=discount)
     ids = (batch.rollout.group[:, None] * l + jnp.arange(l)[None, :]).reshape(-1)
     relative = groups.group_relative(
         to_go.reshape(-1), ids, present.reshape(-1), baseline=baseline, scale=scale, ddof=ddof, eps=eps, alone=alone
     ).reshape(b, l)
-    return _at_turn(relative, turn, batch.mask), _at_turn(to_go, turn, batch.mask)
+    return at_turn(relative, turn, batch.mask), at_turn(to_go, turn, batch.mask)
 
 
 def step_level(batch: Batch, *, ddof: int = 1, eps: float = 1e-6) -> Pair:
@@ -175,18 +175,19 @@ def step_level(batch: Batch, *, ddof: int = 1, eps: float = 1e-6) -> Pair:
     """
     b, l = batch.mask.shape
     turn = batch.rollout.turn
-    rewards, present = _by_turn(batch)
+    rewards, present = by_turn(batch)
     ids = jnp.repeat(batch.rollout.group, l)
     relative = groups.group_relative(rewards.reshape(-1), ids, present.reshape(-1), ddof=ddof, eps=eps).reshape(b, l)
     to_go = along.reward_to_go(relative, present)
-    return _at_turn(to_go, turn, batch.mask), _at_turn(along.reward_to_go(rewards, present), turn, batch.mask)
+    return at_turn(to_go, turn, batch.mask), at_turn(along.reward_to_go(rewards, present), turn, batch.mask)
 
 
-def _by_turn(batch: Batch) -> Pair:
+def by_turn(batch: Batch) -> Pair:
     """Rewards summed by turn, and which turns hold an action: [B,L], indexed by turn."""
     acts = along.chunk_sum(batch.mask.astype(jnp.float32), batch.mask, batch.rollout.turn)
     return along.chunk_sum(reward_tokens(batch), batch.mask, batch.rollout.turn), acts > 0
 
 
-def _at_turn(x: Array, turn: Array, mask: Array) -> Array:
+def at_turn(x: Array, turn: Array, mask: Array) -> Array:
+    """What stands at its turn in x, for every token of the mask: [B,L], [B,L], [B,L] -> [B,L]."""
     return jnp.where(mask, jnp.take_along_axis(x, turn, axis=1), 0.0)

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from mlrl import meshes, scoring
 from mlrl import prompts as prompts_lib
 from mlrl.evaluation import AnyEvaluation, completions
+from mlrl.evaluation_attempts import AttemptsEvaluation, pairs
 from mlrl.evaluation_stored import StoredEvaluation
 from mlrl.models.transformer import Config, Transformer
 from mlrl.rewards.completions import name_of
@@ -268,7 +269,7 @@ def evaluations_work(evaluations: Sequence[AnyEvaluation]) -> None:
         prompts_lib.first(evaluation.task, evaluation.prompts)
         if isinstance(evaluation, StoredEvaluation):
             evaluation.require_candidates()
-        else:
+        elif not isinstance(evaluation, AttemptsEvaluation):
             rewards_work(lift(evaluation.reward_fn), evaluation.task)
 
 
@@ -279,12 +280,14 @@ def evaluations_sample(experiment: Any, model: Transformer, params: Any, *, by_s
             continue
         if not by_step or evaluation.rollout(experiment.rollout_fn) is not experiment.rollout_fn:
             task = evaluation.task
-            jax.eval_shape(
+            rollout = jax.eval_shape(
                 lambda params, task=task, sample=evaluation.rollout(experiment.rollout_fn): sample(
                     model, params, prompts_lib.first(task, 1), jax.random.key(0), vocabulary=task.vocabulary,
                     sampling=GREEDY, group_size=1,
                 ).check(), params,
             )  # fmt: skip
+            if isinstance(evaluation, AttemptsEvaluation):
+                jax.eval_shape(pairs, rollout)
 
 
 def judges_have_models(experiment: Any, batch: Batch, reads: set[str] | frozenset[str]) -> None:

@@ -48,9 +48,9 @@ def never(results: Results) -> bool:
     return False
 
 
-def at_accuracy(results: Results, *, accuracy: float) -> bool:
-    """Stops once the greedy accuracy of every evaluation has reached `accuracy`; sources of a mixture do not count."""
-    whole = [found["greedy"]["value"] for name, found in results.items() if "/" not in name and "greedy" in found]
+def at_accuracy(results: Results, *, accuracy: float, metric: str = "greedy") -> bool:
+    """Stops once `metric` of every evaluation has reached `accuracy`; sources of a mixture do not count."""
+    whole = [found[metric]["value"] for name, found in results.items() if "/" not in name and metric in found]
     return bool(whole) and min(whole) >= accuracy
 
 
