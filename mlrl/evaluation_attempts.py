@@ -90,12 +90,12 @@ class AttemptsEvaluation:
 
 
 def pairs(rollout: Rollout) -> tuple[Array, Array]:
-    """(right [B,2] bool: was each attempt paid more than 1/2; same [B] bool: are their tokens equal) of rows of 2 turns.
+    """Of rows of two turns: (right [B,2] bool, was each attempt paid more than 1/2; same [B] bool, are they equal).
 
     Raises: Refused, if no environment made the rollout.
     """
     if isinstance(rollout.earned, tuple):
-        raise Refused("AttemptsEvaluation: this rollout has no environment that pays its attempts: set its rollout_fn to "
+        raise Refused("AttemptsEvaluation: this rollout has no environment that pays its attempts: set rollout_fn to "
                       "multi_turn.multi_turn with environments.retry.always")  # fmt: skip
     of = [rollout.action_mask & (rollout.turn == k) for k in range(2)]
     right = jnp.stack([jnp.where(mask, rollout.earned, 0.0).sum(axis=1) > 0.5 for mask in of], axis=1)

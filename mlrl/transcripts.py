@@ -1,4 +1,4 @@
-"""Transcripts of two attempts that nobody sampled, made of a task's demonstrations: what self-correction starts from."""
+"""Transcripts of two attempts that nobody sampled, made of a task's demonstrations: where self-correction starts."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ def two_attempts(
     """Rows of prompt, first attempt, what is told, second attempt: for supervised learning, as Experiment.rows_fn.
 
     The first attempt is the demonstration, or the demonstration with one digit changed. The second is the first again,
-    or the demonstration, or a noisy edit: the first with one digit changed, right or wrong alike. A wrong first attempt is
-    read, and not learned. So a model of these rows edits without need, and mends hardly a wrong answer. With first_right=0.0, copied=0.0, mended=1.0 and learn_first=False the rows are pairs of a
-    wrong and the right answer, of which the second is learned (Pair-SFT).
+    or the demonstration, or a noisy edit: the first with one digit changed, right or wrong alike. A wrong first attempt
+    is read, and not learned. So a model of these rows edits without need, and mends hardly a wrong answer. With
+    first_right=0.0, copied=0.0, mended=1.0 and learn_first=False the rows are pairs of a wrong and the right answer, of
+    which the second is learned (Pair-SFT).
 
     Prompts are drawn as by `stored.demonstrations`, everything else from the key folded with the step.
 

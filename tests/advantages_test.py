@@ -73,6 +73,7 @@ FUNCTIONS = {
     "macro_gae": with_(advantages.macro_gae, chunk_fn=with_(advantages.fixed_chunks, tokens=2)),
     "turn_gae": with_(advantages.macro_gae, chunk_fn=advantages.turns),
     "turn_level": advantages.turn_level,
+    "attempts": with_(advantages.attempts, weights=(0.5, 1.0), bonus=2.0),
     "step_level": advantages.step_level,
     "trajectory_balance": with_(advantages.trajectory_balance, kl_coef=0.5),
     "kto": advantages.kto,

@@ -10,8 +10,8 @@ import re
 import jax
 import pytest
 
-from mlrl import main, meshes, runs, selection
-from mlrl.loops import online
+from mlrl import checkpoints, main, meshes, runs, selection
+from mlrl.loops import offline, online, states
 from mlrl.loops.start import random_parameters
 from mlrl.models import pretrained
 from mlrl.models.transformer import Config, Transformer, initialize
@@ -42,6 +42,24 @@ from mlrl.models import transformer
 from mlrl.rewards import graph
 DIGITS = 1
 MAX_COMPLETION_TOKENS = 3
+online.Experiment.reward_fn = @graph.random()
+online.Experiment.prompts_per_step = 8
+online.Experiment.group_size = 4
+"""
+ATTEMPTS = """from __gin__ import dynamic_registration
+include 'gin/methods/{method}.gin'
+include 'gin/rollouts/multi_turn.gin'
+from mlrl.environments import retry
+from mlrl.loops import online
+from mlrl.models import transformer
+from mlrl.rewards import graph
+from mlrl.tasks import puzzles
+puzzles.arithmetic.digits = 1
+ENVIRONMENT = @retry.always()
+MAX_TURNS = 2
+MAX_TURN_TOKENS = 3
+retry.always.task = @puzzles.arithmetic()
+online.Experiment.task = @puzzles.arithmetic()
 online.Experiment.reward_fn = @graph.random()
 online.Experiment.prompts_per_step = 8
 online.Experiment.group_size = 4
@@ -96,9 +114,13 @@ def with_includes(path):
 
 
 def overrides_for(path, folder):
-    """The values that an experiment asks for: real data beside the checkout, and weights that are written here."""
+    """The values that an experiment asks for: real data beside the checkout, and weights and runs that are written here."""
     asked = re.findall(r"^(\w+) = %gin.REQUIRED", with_includes(path), re.M)
+    runs_asked = {name: folder / name / "seed_0" for name in ("BASE", "STAGE_ONE") if name in asked}
+    for run in runs_asked.values():
+        write_run(run, main.load("experiments/score/base.gin")[0])
     where = {"DATA": DATA / pathlib.Path(path).parent.name, "VOCAB": DATA / "tokenizers" / "gpt2", "WEIGHTS": folder}
+    where |= runs_asked
     if "WEIGHTS" in asked:
         config = Config(**SMALL, vocabulary_size=50304)  # more rows than the tokenizer has ids
         pretrained.write(folder, initialize(Transformer(config), jax.random.key(0)), config)
@@ -106,6 +128,14 @@ def overrides_for(path, folder):
         if not where[name].is_dir():
             pytest.skip(f"{path} needs {name}, and there is no folder {where[name]}")
     return {name: str(where[name]) for name in asked}
+
+
+def write_run(folder, experiment):
+    """A run folder with the experiment's first parameters in a checkpoint."""
+    parts = offline.prepare(experiment)
+    manager = checkpoints.open_manager(folder / "checkpoints")
+    checkpoints.save(manager, 0, states.initial_state(parts))
+    checkpoints.close(manager)
 
 
 def prepared(path, overrides=None, **changes):
@@ -149,7 +179,8 @@ def test_an_experiment_runs_a_tiny_step(path, tmp_path):
 def compose(method, folder):
     """A gin file of a method and a tiny task."""
     text = (REPO / "gin" / "methods" / f"{method}.gin").read_text()
-    bodies = {"gin/loops/offline.gin": OFFLINE, "gin/loops/iterated.gin": ITERATED, "iterated.Experiment": ITERATED}
+    bodies = {"gin/loops/offline.gin": OFFLINE, "gin/loops/iterated.gin": ITERATED, "iterated.Experiment": ITERATED,
+              "advantages.attempts": ATTEMPTS}
     body = next((body for words, body in bodies.items() if words in text), ONLINE)
     path = folder / f"{method}.gin"
     teacher = TEACHER if "TEACHER = %gin.REQUIRED" in text else ""

@@ -2,8 +2,8 @@
 
     python -m experiments.score.compare FOLDER [--seeds 5] [--gin.NAME=VALUE ...]
 
-The base of each seed is made first. Then each arm is `mlrl train --seeds`, one program for all seeds; supervised runs are
-made one by one. A finished run is not run again. The numbers are of the last step of each run, from results.json.
+The base of each seed is made first. Then each arm is `mlrl train --seeds`, one program for all seeds; supervised runs
+are made one by one. A finished run is not run again. The numbers are of the last step of each run, from results.json.
 """
 
 from __future__ import annotations

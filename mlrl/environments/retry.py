@@ -15,7 +15,7 @@ from mlrl.environments.nouns import Environment
 from mlrl.types import Array, Refused, Task, require_whole
 
 JudgeFn = Callable[[Any, Array, Array], Array]
-"""(example of one prompt, tokens [A] int32, how many of them were written, the EOS not counted) -> bool, is it right?"""
+"""(example of one prompt, tokens [A] int32, how many of them were written before the EOS) -> bool: are they right?"""
 
 
 def exact_answer(example: Any, tokens: Array, written: Array) -> Array:
@@ -69,7 +69,8 @@ def until_right(
 ) -> Environment:
     """Asks again for as long as the attempt is wrong: "wrong, think again" is all that is told.
 
-    A right attempt number t (from 0) is paid decay^t, and ends the episode. Where an episode ends, right or not, it pays
+    A right attempt number t (from 0) is paid decay^t, and ends the episode. Where an episode ends, right or not, it
+    pays
 
         -repetition * (1 - E / W)
 
