@@ -19,10 +19,13 @@ from experiments.study import run, shown, t_interval
 
 HERE = "experiments/score"
 SUPERVISED = ("base", "pair_sft")
+AFTER_STAGE_ONE = ("score", "no_bonus", "small_bonus")
 ARMS = {"base": "base", "pair_sft": "Pair-SFT", "plain": "plain multi-turn RL", "no_stage1": "SCoRe without stage I",
-        "no_bonus": "SCoRe without the bonus", "score": "SCoRe", "ufo": "UFO"}  # fmt: skip
-ORDER = ("base", "plain", "no_stage1", "stage1", "score", "no_bonus", "ufo", "pair_sft")
+        "no_bonus": "SCoRe without the bonus", "small_bonus": "SCoRe, bonus 1",
+        "score": "SCoRe, bonus 10", "ufo": "UFO"}  # fmt: skip
+ORDER = ("base", "plain", "no_stage1", "stage1", "score", "no_bonus", "small_bonus", "ufo", "pair_sft")
 COLUMNS = ("accuracy@t1", "accuracy@t2", "delta", "i->c", "c->i", "CL", "CS", "RSS", "solved", "unchanged")
+PAIRED = ("accuracy@t1", "accuracy@t2", "delta", "CL", "CS")
 
 
 def main() -> None:
@@ -36,7 +39,7 @@ def main() -> None:
     of = lambda arm: [last(arguments.folder, arm, seed) for seed in range(arguments.seeds)]  # noqa: E731
     found = {arm: of(arm) for arm in ARMS if arm != "base"}
     found = {"base": [first(arguments.folder, seed) for seed in range(arguments.seeds)]} | found
-    text = "\n".join(table(found, "sampled/") + table(found, ""))
+    text = "\n".join(table(found, "sampled/") + table(found, "") + against_plain(found))
     (arguments.folder / "table.md").write_text(text)
     plot(found, arguments.folder / "plot.png")
     print(text)
@@ -45,7 +48,7 @@ def main() -> None:
 def trained(arm: str, folder: pathlib.Path, seeds: int, overrides: list[str]) -> None:
     """All seeds of an arm, those of earlier runs that it starts from being there."""
     given = [] if arm == "base" else [f"--gin.BASE={folder}/base/seed_{{seed}}"]
-    given += [f"--gin.STAGE_ONE={folder}/stage1/seed_{{seed}}"] if arm in ("score", "no_bonus") else []
+    given += [f"--gin.STAGE_ONE={folder}/stage1/seed_{{seed}}"] if arm in AFTER_STAGE_ONE else []
     file, own = f"{HERE}/{arm}.gin", folder / arm
     if arm in SUPERVISED:
         for seed in range(seeds):
@@ -84,6 +87,16 @@ def table(found: dict[str, list[dict[str, float]]], prefix: str) -> list[str]:
     lines = ["| " + " | ".join(["sampled" if prefix else "greedy", *COLUMNS]) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
     for arm, seeds in found.items():
         cells = [shown([one[prefix + name] for one in seeds]) for name in COLUMNS]
+        lines.append("| " + " | ".join([ARMS[arm], *cells]) + " |")
+    return [*lines, ""]
+
+
+def against_plain(found: dict[str, list[dict[str, float]]]) -> list[str]:
+    """A Markdown table of sampled measures less those of plain multi-turn RL on the same base, seed by seed."""
+    lines = ["| sampled, less plain multi-turn RL | " + " | ".join(PAIRED) + " |", "|---" * (1 + len(PAIRED)) + "|"]
+    for arm in (arm for arm in found if arm not in ("base", "plain")):
+        pairs = list(zip(found[arm], found["plain"], strict=True))
+        cells = [shown([a["sampled/" + name] - b["sampled/" + name] for a, b in pairs]) for name in PAIRED]
         lines.append("| " + " | ".join([ARMS[arm], *cells]) + " |")
     return [*lines, ""]
 
