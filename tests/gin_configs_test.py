@@ -73,6 +73,18 @@ iterated.Experiment.prompts_per_step = 4
 iterated.Experiment.group_size = 4
 iterated.Experiment.rows_per_step = 16
 """
+SHAPED = """from __gin__ import dynamic_registration
+include 'gin/tasks/arithmetic.gin'
+include 'gin/methods/{method}.gin'
+from mlrl.loops import online
+from mlrl.models import transformer
+from mlrl.rewards import graph
+DIGITS = 1
+MAX_COMPLETION_TOKENS = 3
+REWARD = @graph.random()
+online.Experiment.prompts_per_step = 8
+online.Experiment.group_size = 4
+"""
 TEACHER = "from mlrl.loops import start\nTEACHER = @start.random_parameters\n"
 TINY = {
     "online": dict(prompts_per_step=2, group_size=2, minibatches=1),
@@ -149,7 +161,8 @@ def test_an_experiment_runs_a_tiny_step(path, tmp_path):
 def compose(method, folder):
     """A gin file of a method and a tiny task."""
     text = (REPO / "gin" / "methods" / f"{method}.gin").read_text()
-    bodies = {"gin/loops/offline.gin": OFFLINE, "gin/loops/iterated.gin": ITERATED, "iterated.Experiment": ITERATED}
+    bodies = {"REWARD = %gin.REQUIRED": SHAPED, "gin/loops/offline.gin": OFFLINE, "gin/loops/iterated.gin": ITERATED,
+              "iterated.Experiment": ITERATED}  # fmt: skip
     body = next((body for words, body in bodies.items() if words in text), ONLINE)
     path = folder / f"{method}.gin"
     teacher = TEACHER if "TEACHER = %gin.REQUIRED" in text else ""
