@@ -4,13 +4,13 @@
 VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 RUN_DIR ?= runs/quickstart
-# Two processes, each with whole files. One, to see prints or to debug: make test PYTEST_FLAGS="-n 0"
-PYTEST_FLAGS ?= -n 2 --dist loadfile
+# Two processes. One, to see prints or to debug: make test PYTEST_FLAGS="-n 0"
+PYTEST_FLAGS ?= -n 2 --dist worksteal
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
-.PHONY: install quickstart test test-all bench parity pods lint report lock clean
+.PHONY: install quickstart test test-all bench parity parity-environment pods lint report lock clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -41,6 +41,9 @@ bench: install
 parity: install
 	JAX_PLATFORMS=cpu $(BIN)/python parity/trl_parity.py
 	JAX_PLATFORMS=cpu $(BIN)/python parity/transformers_parity.py
+
+parity-environment: install
+	$(BIN)/python parity/environment.py
 
 # Compiles for a small TPU topology, with libtpu in a folder of its own; says so when that cannot be installed.
 pods: install

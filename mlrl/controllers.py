@@ -1,4 +1,5 @@
-"""Functions with a knob that a controller turns: its value is state, and rides in TrainState.controllers."""
+"""Functions with a knob that a controller turns, and advantages that remember; TrainState.controllers has their state.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from mlrl.divergences import Controller
-from mlrl.types import Array, Metrics, Refused
+from mlrl.types import Array, Batch, Metrics, Refused, StatefulAdvantage
 
 
 class Controlled(NamedTuple):
@@ -59,10 +60,10 @@ def controlled(*, function: Callable, knob: str, controller: Controller, observe
     return Controlled(name, controller.init, lambda state: functools.partial(function, **{knob: state}), update)
 
 
-def of(experiment: Any) -> dict[str, Controlled]:
-    """The controlled functions among an experiment's losses and its advantage function, by name."""
+def of(experiment: Any) -> dict[str, Controlled | StatefulAdvantage]:
+    """What has a state among an experiment's losses and its advantage function, by name."""
     places = (*experiment.losses, getattr(experiment, "advantage_fn", None))
-    found = [place for place in places if isinstance(place, Controlled)]
+    found = [place for place in places if isinstance(place, Controlled | StatefulAdvantage)]
     names = [one.name for one in found]
     if len(set(names)) < len(names):
         raise Refused(f"two controllers turn the same knob, {', '.join(sorted(names))}: keep one of them")
@@ -74,16 +75,32 @@ def initial(experiment: Any) -> dict[str, Array]:
     return {name: one.init() for name, one in of(experiment).items()}
 
 
-def bound(function: Callable | Controlled, states: Mapping[str, Array]) -> Callable:
-    """The plain function: a controlled one with its knob as the state has it, any other as it is."""
+def require_no_memory(experiment: Any) -> None:
+    """Raises Refused if the advantage function remembers, where nobody hands it the rows of every step."""
+    if isinstance(experiment.advantage_fn, StatefulAdvantage):
+        raise Refused(f"Experiment.advantage_fn is {experiment.advantage_fn.name}, which remembers from step to step, "
+                      "as only the online loop lets it: choose another, such as @advantages.role_relative")  # fmt: skip
+
+
+def bound(function: Callable | Controlled | StatefulAdvantage, states: Mapping[str, Array]) -> Callable:
+    """The plain function: with its knob, or what it remembers, as the state has it."""
+    if isinstance(function, StatefulAdvantage):
+        return lambda batch: function.update(states[function.name], batch)[0]
     return function.bind(states[function.name]) if isinstance(function, Controlled) else function
 
 
-def turned(experiment: Any, states: Mapping[str, Array], metrics: Metrics) -> dict[str, Array]:
-    """The states after a step with these metrics."""
-    return {name: one.update(states[name], metrics) for name, one in of(experiment).items()}
+def turned(experiment: Any, states: Mapping[str, Array], metrics: Metrics,
+           batch: Batch | None = None) -> dict[str, Array]:  # fmt: skip
+    """The states after a step with these metrics, and these rows where there is an advantage that remembers."""
+    after = lambda one, state: (  # noqa: E731
+        one.update(state, batch)[1] if isinstance(one, StatefulAdvantage) else one.update(state, metrics))
+    return {name: after(one, states[name]) for name, one in of(experiment).items()}
 
 
 def as_metrics(states: Mapping[str, Array]) -> Metrics:
-    """What the knobs stood at, for the logs."""
-    return {f"controller/{name}": value for name, value in states.items()}
+    """What the knobs stood at, for the logs; a state of several numbers is shown by their places."""
+    shown = {f"controller/{name}": value for name, value in states.items() if not jnp.ndim(value)}
+    for name, value in states.items():
+        if jnp.ndim(value):
+            shown |= {f"controller/{name}/{i}": one for i, one in enumerate(jnp.ravel(value))}
+    return shown

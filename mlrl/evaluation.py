@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -30,6 +31,11 @@ from mlrl.types import (
 Results = dict[str, dict[str, dict[str, float]]]  # task -> metric -> {"value", "low", "high"}
 
 
+def as_in_training(*_: Any, **__: Any) -> Rollout:
+    """Stands for the experiment's own rollout_fn; it is never called."""
+    raise Refused("as_in_training stands for Experiment.rollout_fn, and cannot be called")
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """What to measure, and how often.
@@ -42,6 +48,7 @@ class Evaluation:
     answer           completion -> the answer that maj@k votes on
     parts            parts of the reward, such as "length_tokens", whose means over completions are measured too: of the
                      sampled ones, or without any of the greedy ones
+    rollout_fn       how prompts become rows here; by default as in training. For a game, against a fixed opponent
     """
 
     task: Task
@@ -53,6 +60,7 @@ class Evaluation:
     answer: Callable[[str], Any] = str.strip
     parts: Sequence[str] = ()
     seed: int = 0
+    rollout_fn: RolloutFn = as_in_training
 
     def __post_init__(self):
         require_whole("Evaluation", "prompts", self.prompts, 1)
@@ -72,8 +80,12 @@ class Evaluation:
 
     def measure(self, models: Measured) -> Callable[[Params, Params], Results]:
         """(params, reference's) -> results; samplers are compiled at their first use, and once."""
-        measured = _measure(self, models.model, models.rollout_fn)
+        measured = _measure(self, models.model, self.rollout(models.rollout_fn))
         return lambda params, reference: measured(params)
+
+    def rollout(self, in_training: RolloutFn) -> RolloutFn:
+        """How this samples, in an experiment that trains on `in_training`."""
+        return in_training if inspect.unwrap(self.rollout_fn) is as_in_training else self.rollout_fn
 
     def words(self) -> str:
         """What is measured."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mlrl.models.attention import Cache
 from mlrl.models.transformer import Transformer, widen_caches
 from mlrl.sampling import Sampling, draw_tokens, top_k_filter, top_p_filter
 from mlrl.scoring import log_distribution, prefill
@@ -49,31 +51,72 @@ def generate(
     last, caches = prefill(model, params, prompts)
     caches = widen_caches(caches, group_size, steps)
     last, prompt_valid = (jnp.repeat(x, group_size, axis=0) for x in (last, prompts.valid))
-    prompt_lengths = jnp.sum(prompt_valid, axis=1, dtype=jnp.int32)
-    token, log_prob, done = choose(last, rows, 0)
-    write = lambda buffer, column, t: lax.dynamic_update_slice(buffer, column[:, None], (0, t))  # noqa: E731
+    wrote = decode(
+        model, params, choose, last, caches, seen=jnp.pad(prompt_valid, ((0, 0), (0, steps))), column=width,
+        lengths=jnp.sum(prompt_valid, axis=1, dtype=jnp.int32), rows=rows, steps=steps, pad_id=pad_id,
+    )  # fmt: skip
+    return as_rollout(prompts, wrote.tokens, wrote.log_probs, wrote.lengths, ended=wrote.ended,
+                      policy_version=policy_version)  # fmt: skip
+
+
+class Written(NamedTuple):
+    """What rows wrote in one go.
+
+    tokens, log_probs  [B,T] padding and 0 behind what was written
+    lengths            [B] int32 how many tokens were, an EOS included
+    ended              [B] bool whether the last of them is an EOS
+    caches             with all that was written but each row's last token, which may be missing
+    """
+
+    tokens: Array
+    log_probs: Array
+    lengths: Array
+    ended: Array
+    caches: tuple[Cache, ...]
+
+
+def decode(model: Transformer, params: Params, choose: Callable[..., tuple[Array, Array, Array]], hidden: Array,
+           caches: tuple[Cache, ...], *, seen: Array, column: Array | int, lengths: Array, rows: Array, steps: int,
+           pad_id: int, first_step: Array | int = 0, silent: Array | bool = False) -> Written:  # fmt: skip
+    """Rows write until each has emitted an EOS or `steps` tokens: one `while_loop` over columns.
+
+    Args:
+      choose: from `chooser`.
+      hidden: [B,D] the states in which the first tokens are chosen.
+      caches: of M columns, those from `column` on are written.
+      seen: [B,M] bool, the columns that rows look at besides what they write now.
+      column: where the first token is written.
+      lengths: [B] how many tokens each row has before; the next one's position.
+      rows, first_step: which rows these are, and at which of their steps: what their randomness depends on.
+      steps: T, the most that is written.
+      silent: [B] bool, rows that write nothing.
+    """
+    first, columns = jnp.int32(first_step), jnp.arange(seen.shape[1])
+    silent = jnp.broadcast_to(silent, rows.shape)
+    write = lambda buffer, x, t: lax.dynamic_update_slice(buffer, x[:, None], (0, t))  # noqa: E731
+    token, log_prob, ended = choose(hidden, rows, first)
+    token, done = jnp.where(silent, pad_id, token), silent | ended
     tokens = write(jnp.full((rows.size, steps), pad_id, jnp.int32), token, 0)
-    log_probs = write(jnp.zeros((rows.size, steps), jnp.float32), log_prob, 0)
+    log_probs = write(jnp.zeros((rows.size, steps), jnp.float32), jnp.where(silent, 0.0, log_prob), 0)
 
     def unfinished(carry):
         t, done = carry[0], carry[-1]
         return (t < steps) & ~jnp.all(done)
 
-    def decode(carry):
-        t, caches, token, tokens, log_probs, lengths, done = carry
-        seen = jnp.concatenate([prompt_valid, jnp.broadcast_to(jnp.arange(steps) < t, tokens.shape)], axis=1)
-        positions = (prompt_lengths + t - 1)[:, None]
-        args = (token[:, None], positions, seen[:, None], caches, width + t - 1)
+    def step(carry):
+        t, caches, token, tokens, log_probs, written, done = carry
+        looked_at = seen | ((columns >= column) & (columns < column + t))
+        args = (token[:, None], (lengths + t - 1)[:, None], looked_at[:, None], caches, column + t - 1)
         hidden, caches = model.apply({"params": params}, *args)
-        token, log_prob, ended = choose(hidden[:, 0], rows, t)
+        token, log_prob, ended = choose(hidden[:, 0], rows, first + t)
         token = jnp.where(done, pad_id, token)
         tokens = write(tokens, token, t)
         log_probs = write(log_probs, jnp.where(done, 0.0, log_prob), t)
-        return t + 1, caches, token, tokens, log_probs, lengths + ~done, done | ended
+        return t + 1, caches, token, tokens, log_probs, written + ~done, done | ended
 
-    start = (jnp.int32(1), caches, token, tokens, log_probs, jnp.ones_like(rows), done)
-    _, _, _, tokens, log_probs, lengths, done = lax.while_loop(unfinished, decode, start)
-    return as_rollout(prompts, tokens, log_probs, lengths, ended=done, policy_version=policy_version)
+    start = (jnp.int32(1), caches, token, tokens, log_probs, (~silent).astype(jnp.int32), done)
+    _, caches, _, tokens, log_probs, written, done = lax.while_loop(unfinished, step, start)
+    return Written(tokens, log_probs, written, done & ~silent, caches)
 
 
 def chooser(model: Transformer, params: Params, key: Array, sampling: Sampling,

@@ -267,6 +267,9 @@ def _one_line(error: Exception) -> str:
     text = "; ".join(line for line in lines if not line.startswith(("No values supplied", "Gin had values bound")))
     from mlrl.types import Refused
 
+    called_back = re.search(r"^(?:mlrl\.types\.)?Refused: (.+)$", str(error), re.M)  # from inside of a compiled program
+    if called_back:
+        return called_back[1]
     if isinstance(error, Refused) or type(error).__name__ in ("Stopped", "Preempted", "UnknownConfigurable"):
         return text
     return f"{type(error).__name__}: {text or 'no message'} (--debug shows the trace)"

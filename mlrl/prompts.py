@@ -49,6 +49,11 @@ def demonstrations(task: Task, key: Array, step: Array | int, rows: int, weights
     return as_rows(task, task.at(source, index), *task.targets(source, index), np.arange(rows, dtype=np.int32))
 
 
+def played(rows: Rollout) -> Rollout:
+    """Rows that nobody played as if an environment had paid nothing: what a reward is tried on before a run."""
+    return rows.replace(earned=rows.action_mask.astype(np.float32) * 0)
+
+
 def as_rows(task: Task, prompts: Prompts, completions: Array, valid: Array, group: Array) -> Rollout:
     """Rows of prompts [B,P] and stored completions [B,T] that nobody sampled. See `demonstrations`.
 

@@ -244,7 +244,10 @@ def _by_step(metrics: dict[str, Any]) -> list[dict[str, float]]:
 
 
 def sample_rows(batch: Batch, task: Task, step: int, rows: int) -> list[dict[str, Any]]:
-    """Rows from all over a step as plain Python: what the model saw, said and earned, token by token."""
+    """Rows from all over a step as plain Python: what the model saw, said and earned, token by token.
+
+    What it was told between two turns is in "observed", by how many tokens of its own it had written before.
+    """
     batch, total = processes.on_host(batch), batch.mask.shape[0]
     chosen = np.arange(min(rows, total)) * total // max(1, min(rows, total))  # spread over the groups
     batch = jax.tree.map(operator.itemgetter(chosen), batch)
@@ -252,11 +255,16 @@ def sample_rows(batch: Batch, task: Task, step: int, rows: int) -> list[dict[str
     for b in range(batch.mask.shape[0]):
         row = jax.tree.map(operator.itemgetter(b), batch)
         said = row.rollout.action_mask
-        seen = row.rollout.valid & ~said
+        told = row.rollout.valid & ~said
+        before = np.cumsum(said)  # how many tokens of its own each column has before it
+        prompt = told & ((before == 0) | ~said.any())
+        observed = {int(t): row.rollout.tokens[told & (before == t)] for t in np.unique(before[told & ~prompt])}
         samples.append({
             "step": step,
             "group": int(row.rollout.group),
-            "prompt": task.vocabulary.decode(row.rollout.tokens[seen]),
+            "role": int(row.rollout.role),
+            "prompt": task.vocabulary.decode(row.rollout.tokens[prompt]),
+            "observed": {str(t): task.vocabulary.decode(tokens) for t, tokens in observed.items()},
             "completion": task.vocabulary.decode(row.rollout.tokens[said]),
             "tokens": [task.vocabulary.decode([token]) for token in row.rollout.tokens[said]],
             "log_probs": _plain(row.rollout.behavior_log_probs[said]),

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mlrl.models import head
 from mlrl.models.attention import Cache
 from mlrl.models.transformer import (
     Transformer,
@@ -18,7 +19,7 @@ from mlrl.models.transformer import (
     rows_of_caches,
     widen_caches,
 )
-from mlrl.types import Array, Params, Prompts, Rollout, Scores
+from mlrl.types import Array, Distribution, Params, Prompts, Rollout, Scores
 
 
 def log_distribution(logits: Array, temperature: float) -> Array:
@@ -33,7 +34,8 @@ def log_distribution(logits: Array, temperature: float) -> Array:
 
 
 def score(model: Transformer, params: Params, rollout: Rollout, *, temperature: float = 1.0,
-          first_column: int = 1, chunk_columns: int = 0, with_logits: bool = False) -> Scores:  # fmt: skip
+          first_column: int = 1, chunk_columns: int = 0, chunk_vocabulary: int = 0, with_logits: bool = False,
+          top_tokens: int = 0) -> Scores:  # fmt: skip
     """Log-probs, entropies and values of a rollout's tokens under `params`.
 
     log_probs[b, t] = log softmax(logits[b, t-1] / temperature)[tokens[b, t]]
@@ -51,7 +53,10 @@ def score(model: Transformer, params: Params, rollout: Rollout, *, temperature: 
         share of the output head. At least 1, since the first token has nothing to condition on.
       chunk_columns: score the head in chunks of so many columns, recomputing them in the backward pass, so
         that memory is [B, chunk, V] and not [B, L, V]; 0: all at once.
+      chunk_vocabulary: go over the vocabulary by so many tokens at a time, so that memory is [B, L, chunk], whatever
+        V; recomputed in the backward pass too. 0: all at once. See mlrl.models.head.
       with_logits: also gives logits / temperature, [B,L,V], for losses over whole distributions.
+      top_tokens: also gives the so many likeliest tokens and their log-probs; without gradients. 0: none.
     Returns: Scores, each [B,L] float32, 0 where not valid.
     """
     first_column = max(1, first_column)
@@ -59,7 +64,8 @@ def score(model: Transformer, params: Params, rollout: Rollout, *, temperature: 
     # The states in which the scored tokens were chosen.
     states = lambda trunk: model.apply({"params": params}, *seen, method=trunk)[0][:, first_column - 1 : -1]  # noqa: E731
     return _scores(model, params, rollout, states, temperature=temperature, first_column=first_column,
-                   chunk_columns=chunk_columns, with_logits=with_logits)  # fmt: skip
+                   chunk_columns=chunk_columns, chunk_vocabulary=chunk_vocabulary, with_logits=with_logits,
+                   top_tokens=top_tokens)  # fmt: skip
 
 
 class Prefix(NamedTuple):
@@ -157,18 +163,21 @@ def begin_with_prompts(prompts: Prompts, rollout: Rollout) -> Array:
 
 
 def _scores(model: Transformer, params: Params, rollout: Rollout, states: Callable[[Callable], Array], *,
-            first_column: int, temperature: float = 1.0, chunk_columns: int = 0,
-            with_logits: bool = False) -> Scores:  # fmt: skip
+            first_column: int, temperature: float = 1.0, chunk_columns: int = 0, chunk_vocabulary: int = 0,
+            with_logits: bool = False, top_tokens: int = 0) -> Scores:  # fmt: skip
     """Scores of the columns from `first_column`, of a trunk's states before each of them: states(trunk) [B,*,D]."""
     apply = lambda *args, **kwargs: model.apply({"params": params}, *args, **kwargs)  # noqa: E731
     before, tokens = states(Transformer.__call__), rollout.tokens[:, first_column:]
+    how = head.Head(temperature or 1.0, model.config.logits_cap, chunk_vocabulary)
 
-    def head(before_chunk: Array, token_chunk: Array) -> tuple[Array, Array]:
+    def by_head(before_chunk: Array, token_chunk: Array) -> tuple[Array, Array]:
+        if chunk_vocabulary:
+            return head.chosen(before_chunk, apply(method=Transformer.head_kernel), token_chunk, how)
         log_p = log_distribution(apply(before_chunk, method=Transformer.logits), temperature)
         chosen = jnp.take_along_axis(log_p, token_chunk[..., None], axis=-1)[..., 0]
         return chosen, -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
 
-    log_probs, entropy = _in_chunks(head, before, tokens, chunk_columns)
+    log_probs, entropy = _in_chunks(by_head, before, tokens, chunk_columns)
     values = jnp.zeros_like(log_probs)
     if model.config.critic_layers:
         values = apply(states(Transformer.critic_hidden), method=Transformer.values)
@@ -180,7 +189,13 @@ def _scores(model: Transformer, params: Params, rollout: Rollout, states: Callab
     if with_logits:
         whole = apply(before, method=Transformer.logits) / (temperature or 1.0)
         logits = jnp.pad(whole, ((0, 0), (first_column, 0), (0, 0)))
-    return Scores(log_probs=widen(log_probs), entropy=widen(entropy), values=widen(values), logits=logits)
+    top = ()
+    if top_tokens:
+        kernel = jax.lax.stop_gradient(apply(method=Transformer.head_kernel))
+        ids, top_log_probs = head.likeliest(jax.lax.stop_gradient(before), kernel, how, top_tokens)
+        wide = lambda x: jnp.pad(x, ((0, 0), (first_column, 0), (0, 0)))  # noqa: E731
+        top = Distribution(wide(ids), wide(top_log_probs))
+    return Scores(log_probs=widen(log_probs), entropy=widen(entropy), values=widen(values), logits=logits, top=top)
 
 
 def _in_chunks(head: Callable, before: Array, tokens: Array, chunk_columns: int) -> tuple[Array, Array]:

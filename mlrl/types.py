@@ -97,6 +97,9 @@ class Rollout:
     group              [B]   int32    rows with the same id answer the same prompt; ids lie in [0, B)
     truncated          [B]   bool     the row ended because it was full, not because the policy stopped
     policy_version     [B]   int32    training step of the weights that acted
+    earned             [B,L] float32  what an environment or game paid, each payment at the last action before it; ()
+                                      where nothing pays but the reward function
+    facts              {name: [B] float32}  what else an environment or game says of the episode, for the logs
     """
 
     tokens: Array
@@ -108,6 +111,8 @@ class Rollout:
     group: Array
     truncated: Array
     policy_version: Array
+    earned: Any = ()
+    facts: dict[str, Array] = struct.field(default_factory=dict)
 
     def check(self) -> Rollout:
         """Returns itself, or raises Refused naming the field whose shape or dtype is wrong."""
@@ -121,6 +126,10 @@ class Rollout:
         _check_leaf("Rollout", "group", self.group, (b,), "iu")
         _check_leaf("Rollout", "truncated", self.truncated, (b,), "b")
         _check_leaf("Rollout", "policy_version", self.policy_version, (b,), "iu")
+        if not isinstance(self.earned, tuple):
+            _check_leaf("Rollout", "earned", self.earned, (b, l), "f")
+        for name, fact in self.facts.items():
+            _check_leaf("Rollout", f"facts[{name!r}]", fact, (b,), "f")
         return self
 
 
@@ -160,12 +169,14 @@ class Scores:
     values    [B,L] float32  the value head's or critic's estimate of the return *before* each token is
                              chosen (0 everywhere for a model without one)
     logits    [B,L,V] float32  of the distribution each token was drawn from; () unless a loss reads it
+    top       of that distribution, its likeliest tokens; () unless asked for
     """
 
     log_probs: Array
     entropy: Array
     values: Array
     logits: Any = ()
+    top: Any = ()
 
     def check(self) -> Scores:
         """Returns itself, or raises Refused naming the field whose shape or dtype is wrong."""
@@ -373,6 +384,21 @@ class CurriculumFn(NamedTuple):
     init: Callable[[Task], Any]
     weights: Callable[[Any], Array]
     update: Callable[..., Any]
+
+
+class StatefulAdvantage(NamedTuple):
+    """An advantage function that remembers, as a pair with explicit state; jittable. For the online loop.
+
+    Stands where a plain advantage function may stand. Its state rides in TrainState.controllers, under `name`.
+
+    name    in the state and, behind "controller/", in the logs
+    init()  -> state, an array of any shape
+    update(state, batch) -> ((advantages [B,L], returns [B,L]), state)
+    """
+
+    name: str
+    init: Callable[[], Array]
+    update: Callable[[Array, Batch], tuple[tuple[Array, Array], Array]]
 
 
 RolloutFn = Callable[..., Rollout]  # (model, params, prompts, key, *, vocabulary, sampling, group_size, policy_version)

@@ -154,14 +154,16 @@ def test_role_relative_standardizes_by_role():
 
 
 def test_role_conditioned_baselines_remember():
-    fn = advantages.role_conditioned(games=2, roles=2, decay=0.5)
+    fn = advantages.role_conditioned(roles=2, decay=0.5)
     batch = build([[1]] * 4, [1, 3, 4, 8], group=[0, 0, 2, 2], role=[0, 0, 1, 0], scored=[True, True, True, False])
-    game = jnp.array([1, 1, 0, 0])
-    (first, _), state = jax.jit(fn.update)(fn.init(), batch, game)
+    (first, _), state = jax.jit(fn.update)(fn.init(), batch)
     np.testing.assert_allclose(first[:, 0], [1, 3, 4, 0])  # the old baseline is 0, the last row is not scored
-    np.testing.assert_allclose(state, [[0, 2], [1.5, 0]])  # half of 4; two rows of mean 2 keep a quarter
-    (second, _), _ = fn.update(state, batch, game)
+    np.testing.assert_allclose(state, [1.5, 2])  # half of 4; two rows of mean 2 keep a quarter
+    (second, _), _ = fn.update(state, batch)
     np.testing.assert_allclose(second[:, 0], [-0.5, 1.5, 2, 0])
+    for wrong in (dict(roles=0), dict(decay=1.0)):
+        with pytest.raises(Refused, match="role_conditioned"):
+            advantages.role_conditioned(**wrong)
 
 
 REWARDED = build([[0, 1, 0, 1]], [[0.0, 1, 0, 2]], group=[0], values=[[0, 0.5, 0, 1.0]], truncated=[True])

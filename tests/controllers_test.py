@@ -15,7 +15,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent / "loops"))
 import worlds  # noqa: E402
 
 from mlrl import advantages, controllers, divergences, runs  # noqa: E402
-from mlrl.loops import online  # noqa: E402
+from mlrl.loops import iterated, online  # noqa: E402
 from mlrl.losses import policy, regularizers  # noqa: E402
 from mlrl.types import Refused  # noqa: E402
 
@@ -56,6 +56,12 @@ def test_what_cannot_be_turned_is_refused():
         online.prepare(worlds.sums(losses=(policy.ppo_clip, controlled(), controlled())))
     with pytest.raises(Refused, match="observes 'x', which this experiment does not measure: it has accuracy"):
         online.prepare(worlds.sums(losses=(policy.ppo_clip, controlled())))
+
+
+def test_only_the_online_loop_lets_an_advantage_remember():
+    online.prepare(worlds.sums(advantage_fn=advantages.role_conditioned()))
+    with pytest.raises(Refused, match="role_conditioned, which remembers from step to step"):
+        iterated.prepare(worlds.round_of_sums(advantage_fn=advantages.role_conditioned()))
 
 
 def run(folder, steps, **changes):

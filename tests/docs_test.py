@@ -120,3 +120,25 @@ def test_commands_and_knobs_that_are_named_exist():
 
 def test_the_picture_is_small():
     assert 0 < (REPO / "docs" / "report.png").stat().st_size < 300_000
+
+
+@pytest.mark.parametrize("name, shown", [
+    ("my_guessing.gin", {"reward/from_environment/turns", "reward/from_environment", "truncated_share"}),
+    ("my_nim.gin", {"reward/from_environment/invalid", "reward/from_environment/moves", "reward/from_environment/won",
+                    "controller/role_conditioned/1", "eval/nim_against_random/greedy"}),
+])  # fmt: skip
+def test_the_episodes_of_the_docs_train(name, shown, folder, capsys):
+    rows = ("--gin.online.Experiment.prompts_per_step=8", "--gin.online.Experiment.group_size=4")
+    evaluated = ("--gin.Evaluation.prompts=8",) if name == "my_nim.gin" else ()
+    run = folder / "runs" / name
+    train = ["train", name, "--run_dir", str(run), "--gin.STEPS=2", *rows, *TINY, *evaluated]
+    assert main.main(train) == main.main(["report", str(run)]) == 0, capsys.readouterr().err
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert shown <= set().union(*lines) and (run / "report.html").is_file()
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert {row["prompt"][:1] for row in samples} == {"?" if name == "my_guessing.gin" else ":"}
+    if name == "my_guessing.gin":  # a hint after every guess but the last
+        assert all(row["prompt"] == "?" and set("".join(row["observed"].values())) <= {*"<>"} for row in samples)
+        assert all(len(row["observed"]) == row["parts"]["from_environment/turns"] - 1 for row in samples)
+    else:  # the baseline is the old one: 0 in the first step
+        assert [line["controller/role_conditioned/0"] == 0 for line in lines if "loss" in line] == [True, False]

@@ -66,10 +66,11 @@ def assert_close(found, wanted):
 @pytest.mark.parametrize("config", [CONFIG, WITH_CRITIC], ids=["values", "critic"])
 def test_a_prompt_read_once_gives_the_same_scores_and_gradients(config):
     model, params, prompts, batch = rows(config)
-    score = lambda f, p: f.score(model, p, prompts, batch.rollout, *f.prepare(model, p, prompts), with_logits=True,
-                                 chunk_columns=3)  # fmt: skip
+    score = lambda f, p, **how: f.score(model, p, prompts, batch.rollout, *f.prepare(model, p, prompts),
+                                        with_logits=True, chunk_columns=3, top_tokens=2, **how)  # fmt: skip
     seen = [jax.jit(functools.partial(score, f))(params) for f in FORWARDS.values()]
     assert_close(seen[1], seen[0])
+    assert_close(jax.jit(functools.partial(score, FORWARDS["shared"], chunk_vocabulary=5))(params), seen[0])
     assert float(jnp.abs(seen[0].values).max()) > 0.1
     assert_close(gradients(config, FORWARDS["shared"]), gradients(config, FORWARDS["whole"]))
 

@@ -243,3 +243,8 @@ def test_help_comes_at_once_and_loads_nothing():
         took.append(time.perf_counter() - start)
         assert done.returncode == 0 and "train" in done.stdout
     assert min(took) < 2.0, took
+
+
+def test_a_refusal_inside_of_a_compiled_program_is_shown_as_one():
+    error = RuntimeError("INTERNAL: CpuCallback error:\n  File host.py\nRefused: the environment's step raised E: x\n")
+    assert main._one_line(error) == "the environment's step raised E: x"

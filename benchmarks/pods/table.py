@@ -39,8 +39,8 @@ class Cell(NamedTuple):
 
     @property
     def prompts(self) -> int:
-        """Prompts of a step, 8 rows each: at least 32, and one a chip."""
-        return max(32, self.chips)
+        """Prompts of a step, 8 rows each: two a chip."""
+        return 2 * self.chips
 
     def __str__(self) -> str:
         return f"{self.model} {self.topology}"

@@ -19,7 +19,6 @@ from mlrl.advantages.along import (
     turns,
 )
 from mlrl.advantages.relative import (
-    RoleBaseline,
     by_score,
     gdpo,
     grpo,
@@ -37,7 +36,6 @@ from mlrl.advantages.targets import kto, trajectory_balance
 from mlrl.advantages.wrappers import kl_in_reward, whitened, without_outliers
 
 __all__ = [
-    "RoleBaseline",
     "by_score",
     "fixed_chunks",
     "gae",

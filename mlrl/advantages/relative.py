@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 from mlrl import groups
 from mlrl import returns as along
 from mlrl.advantages.rows import Pair, reward_tokens, row_scores, spread, whiten
-from mlrl.types import Array, Batch, Refused
+from mlrl.types import Array, Batch, Refused, StatefulAdvantage, require_whole
 
 
 def grpo(
@@ -172,37 +171,34 @@ def role_relative(batch: Batch, *, ddof: int = 1, eps: float = 1e-8) -> Pair:
     return spread(batch, relative)
 
 
-class RoleBaseline(NamedTuple):
-    """A stateful advantage: init() -> state; update(state, batch, game [B]) -> ((advantages, returns), state)."""
+def role_conditioned(*, roles: int = 2, decay: float = 0.95) -> StatefulAdvantage:
+    """Score minus a running mean kept for each role: A = R - b, then b <- decay^n b + (1 - decay^n) mean R.
 
-    init: Callable[[], Any]
-    update: Callable[..., tuple[Pair, Any]]
-
-
-def role_conditioned(*, games: int, roles: int, decay: float = 0.95) -> RoleBaseline:
-    """Score minus a running mean kept for each game and role: A = R - b, then b <- decay^n b + (1 - decay^n) mean R.
-
-    n is how many rows of the batch belong to that game and role. All rows see the old b (the authors update row by
-    row), so the order of rows does not matter.
+    n is how many scored rows of the batch have that role. All rows see the old b (the authors update row by row), so
+    the order of rows does not matter. A role is a player; a rollout of several games numbers the players of each apart.
 
     Args:
-        games: how many games; ids lie in [0, games).
-        roles: how many roles.
+        roles: how many roles; they lie in [0, roles).
         decay: per row.
 
     Returns:
-        RoleBaseline; its state is [games, roles] float32, from 0.
+        StatefulAdvantage; its state is [roles] float32, from 0.
+
+    Raises:
+        Refused: roles below 1, or decay outside [0, 1).
 
     Reference: Liu et al. 2025, "SPIRAL".
     """
+    require_whole("role_conditioned", "roles", roles, 1)
+    if not 0.0 <= decay < 1.0:
+        raise Refused(f"role_conditioned: decay must lie in [0, 1), got {decay}")
 
-    def update(state: Array, batch: Batch, game: Array) -> tuple[Pair, Array]:
-        scores, scored = row_scores(batch), batch.rewards.scored
-        where = (game, batch.rollout.role)
-        n = jnp.zeros((games, roles), jnp.float32).at[where].add(scored)
-        mean = jnp.zeros((games, roles), jnp.float32).at[where].add(scores) / jnp.maximum(n, 1.0)
+    def update(state: Array, batch: Batch) -> tuple[Pair, Array]:
+        scores, scored, role = row_scores(batch), batch.rewards.scored, batch.rollout.role
+        n = jnp.zeros((roles,), jnp.float32).at[role].add(scored)
+        mean = jnp.zeros((roles,), jnp.float32).at[role].add(scores) / jnp.maximum(n, 1.0)
         kept = decay**n
-        relative = jnp.where(scored, scores - state[where], 0.0)
+        relative = jnp.where(scored, scores - state[role], 0.0)
         return spread(batch, relative), kept * state + (1.0 - kept) * mean
 
-    return RoleBaseline(init=lambda: jnp.zeros((games, roles), jnp.float32), update=update)
+    return StatefulAdvantage("role_conditioned", lambda: jnp.zeros((roles,), jnp.float32), update)

@@ -81,7 +81,8 @@ def rows_divide(experiment: Any, rows: int, unit_rows: int = 1) -> None:
             raise Refused(f"Experiment.{name} must be a whole number, got {getattr(experiment, name)!r}")
         if getattr(experiment, name, 1) < 1:
             raise Refused(f"Experiment.{name} must be at least 1, got {getattr(experiment, name)}")
-    require_whole("Experiment", "seed", experiment.seed, 0)
+    for name in ("seed", "score_chunk_columns", "score_chunk_vocabulary"):
+        require_whole("Experiment", name, getattr(experiment, name), 0)
     minibatches = getattr(experiment, "minibatches", 1)
     check_division(rows, minibatches, experiment.micro_batch_rows, unit_rows)
     mesh, rollout_mesh = meshes_of(experiment)
@@ -266,13 +267,15 @@ def evaluations_work(evaluations: Sequence[AnyEvaluation]) -> None:
             rewards_work(lift(evaluation.reward_fn), evaluation.task)
 
 
-def evaluations_sample(experiment: Any, model: Transformer, params: Any) -> None:
-    """Traces the sampler of every evaluation, where the step itself samples nothing; compiles nothing."""
+def evaluations_sample(experiment: Any, model: Transformer, params: Any, *, by_step: bool = False) -> None:
+    """Traces the sampler of every evaluation, but (`by_step`) those that sample as the step does; compiles nothing."""
     for evaluation in experiment.evaluations:
-        if not isinstance(evaluation, StoredEvaluation):
+        if isinstance(evaluation, StoredEvaluation):
+            continue
+        if not by_step or evaluation.rollout(experiment.rollout_fn) is not experiment.rollout_fn:
             task = evaluation.task
             jax.eval_shape(
-                lambda params, task=task: experiment.rollout_fn(
+                lambda params, task=task, sample=evaluation.rollout(experiment.rollout_fn): sample(
                     model, params, prompts_lib.first(task, 1), jax.random.key(0), vocabulary=task.vocabulary,
                     sampling=GREEDY, group_size=1,
                 ).check(), params,
@@ -325,7 +328,7 @@ def _attempt(reward: RewardFn, task: Task, rows: int) -> tuple[Rewards, Rollout,
     """The rewards of demonstrations of real prompts. Raises Refused with _ASKS_MODELS if they need models."""
     weights = jnp.asarray(task.rates, jnp.float32)
     prompts = prompts_lib.draw(task, jax.random.key(0), 0, rows, weights)
-    rollout = prompts_lib.demonstrations(task, jax.random.key(0), 0, rows, weights)
+    rollout = prompts_lib.played(prompts_lib.demonstrations(task, jax.random.key(0), 0, rows, weights))
 
     def unbound(*_, **__):
         raise Refused(_ASKS_MODELS)

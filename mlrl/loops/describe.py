@@ -105,7 +105,7 @@ def tried(reward: RewardFn, task: Task, *, rows: int = 3) -> list[str]:
     """The reward of the demonstrations of a few real prompts, a line each."""
     weights = jnp.asarray(task.rates, jnp.float32)
     prompts = prompts_lib.draw(task, jax.random.key(0), 0, rows, weights)
-    rollout = prompts_lib.demonstrations(task, jax.random.key(0), 0, rows, weights)
+    rollout = prompts_lib.played(prompts_lib.demonstrations(task, jax.random.key(0), 0, rows, weights))
 
     def unbound(*_, **__):
         raise Refused("models are bound in the loop")

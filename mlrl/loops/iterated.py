@@ -89,6 +89,7 @@ class Experiment:
     epochs: int = 1
     micro_batch_rows: int = 0
     score_chunk_columns: int = 0
+    score_chunk_vocabulary: int = 0
     rollout_fn: RolloutFn = single_turn
     sampling: Sampling = Sampling()
     advantage_fn: AdvantageFn | Controlled = advantages.reinforce
@@ -172,11 +173,10 @@ def jitted(parts: Parts) -> dict[str, Callable]:
 def programs(parts: Parts) -> dict[str, Program]:
     """The large programs of a round, what it calls them with, and where. Moving between two meshes is left out."""
     prompts, rollout, rewards = stages.abstract_rows(parts)
-    state, compiled, (mesh, rollout_mesh) = abstract_state(parts), jitted(parts), checks.meshes_of(parts.experiment)
-    sample = jax.jit(functools.partial(pool.sample_chunk, parts))
+    state, compiled, mesh = abstract_state(parts), jitted(parts), parts.experiment.mesh()
     rows = jax.eval_shape(compiled["annotate"], state, prompts, rollout, rewards)
     return {
-        "rollout": Program(sample, (state, prompts, 0), rollout_mesh),
+        "rollout": stages.sampling(parts, pool.sample_chunk, state, prompts, 0),
         "annotate": Program(compiled["annotate"], (state, prompts, rollout, rewards), mesh),
         "update": Program(compiled["update"], (state, pool.abstract(rows, parts.experiment.rows_per_step)), mesh),
     }
@@ -232,6 +232,7 @@ def learn(parts: Parts, state: TrainState, batch: Batch) -> tuple[TrainState, Me
 def prepare(experiment: Experiment) -> Parts:
     """Everything about an experiment that can be checked before compiling is checked here. Raises Refused."""
     checks.nouns(experiment)
+    controllers.require_no_memory(experiment)
     model = checks.model_for(experiment.model, experiment.task.vocabulary)
     checks.start_fits(experiment.start, model)
     checks.mesh_fits(experiment)

@@ -90,6 +90,7 @@ class Experiment:
     epochs: int = 1
     micro_batch_rows: int = 0
     score_chunk_columns: int = 0
+    score_chunk_vocabulary: int = 0
     start: StartFn = random_parameters
     reference: Reference = own_start()
     reference_tokens: int = 0
@@ -137,6 +138,7 @@ def train(experiment: Experiment, run: runs.Run) -> TrainState:
 def prepare(experiment: Experiment) -> Parts:
     """Everything about an experiment that can be checked before compiling is checked here. Raises Refused."""
     checks.nouns(experiment)
+    controllers.require_no_memory(experiment)
     model = checks.model_for(experiment.model, experiment.task.vocabulary)
     checks.start_fits(experiment.start, model)
     checks.mesh_fits(experiment)
@@ -231,10 +233,11 @@ def learn(parts: Parts, state: TrainState, batch: Batch) -> tuple[TrainState, Me
     return state.replace(step=state.step + 1, controllers=turned), metrics, batch
 
 
-def score(parts: Parts, model: Transformer, params: Params, rollout: Rollout, *, with_logits: bool = False) -> Scores:
+def score(parts: Parts, model: Transformer, params: Params, rollout: Rollout, **more: Any) -> Scores:
     """The learner's forward pass, at temperature 1."""
-    return scoring.score(model, params, rollout, chunk_columns=parts.experiment.score_chunk_columns,
-                         with_logits=with_logits)  # fmt: skip
+    experiment = parts.experiment
+    return scoring.score(model, params, rollout, chunk_columns=experiment.score_chunk_columns,
+                         chunk_vocabulary=experiment.score_chunk_vocabulary, **more)  # fmt: skip
 
 
 def warm_start(*, experiment: Experiment) -> StartFn:

@@ -31,6 +31,7 @@ from mlrl.loops import checks, dispatch, refill, stages
 from mlrl.loops import describe as describe_
 from mlrl.loops.start import Reference, StartFn, own_start, random_parameters
 from mlrl.loops.states import Program, abstract_state, initial_state
+from mlrl.models import lora
 from mlrl.models.transformer import Config, Transformer
 from mlrl.monitoring import reference_metrics, step_metrics, value_metrics
 from mlrl.rewards.lifting import lift
@@ -50,6 +51,7 @@ from mlrl.types import (
     Rollout,
     RolloutFn,
     SelectFn,
+    StatefulAdvantage,
     Task,
     TrainState,
 )
@@ -69,12 +71,14 @@ class Experiment:
     model           the shape of the policy (and of its value head or critic)
     rollout_fn      how prompts become rows
     sampling        temperature and filters; the learner scores at the same temperature
-    advantage_fn    Batch -> (advantages, returns); may be controllers.controlled
+    advantage_fn    Batch -> (advantages, returns); may be controllers.controlled, or a StatefulAdvantage
     select_fn       Batch -> rows that stay in the loss
     reduction       mask -> weights: what "mean" means, over a whole minibatch
     old_log_probs   the ratio's denominator: as recorded by the sampler, or recomputed
     length_buckets  widths of completions, in tokens, ascending: micro-batches are filled by length and cut to the least
                     of these that holds them; the last must hold all. (): every micro-batch is as wide as the rollout
+    score_chunk_columns, score_chunk_vocabulary  score so many columns, or tokens of the vocabulary, at a time, so that
+                    memory does not grow with their number; 0: all at once. See scoring.score
     forward         how the learner reads rows: each prompt once for its whole group, or every row whole
     optimizer       an optax transformation
     curriculum      sampling weights over the task's sources
@@ -99,7 +103,7 @@ class Experiment:
     group_size: int = 8
     rollout_fn: RolloutFn = single_turn
     sampling: Sampling = Sampling()
-    advantage_fn: AdvantageFn | Controlled = advantages.grpo
+    advantage_fn: AdvantageFn | Controlled | StatefulAdvantage = advantages.grpo
     select_fn: SelectFn = selection.keep_all
     reduction: ReductionFn = reductions.token_mean
     old_log_probs: Callable[..., Array] = scoring.sampler_log_probs
@@ -113,6 +117,7 @@ class Experiment:
     length_buckets: tuple[int, ...] = ()
     forward: scoring.Forward = scoring.shared_prompts()
     score_chunk_columns: int = 0
+    score_chunk_vocabulary: int = 0
     start: StartFn = random_parameters
     reference: Reference = own_start()
     reference_tokens: int = 0
@@ -185,7 +190,9 @@ def prepare(experiment: Experiment) -> Parts:
     checks.buckets_cover(experiment.length_buckets, rollout.tokens.shape[1] - prompts.tokens.shape[1])
     checks.refill_fits(experiment, parts.reward.in_graph)
     dispatch.fits(experiment, reward_in_graph=parts.reward.in_graph, one_mesh=stages.one_mesh(parts))
-    jax.eval_shape(functools.partial(learn, parts), abstract_state(parts), prompts, rollout, rewards)
+    state = abstract_state(parts)
+    checks.evaluations_sample(experiment, model, lora.policy(state), by_step=True)
+    jax.eval_shape(functools.partial(learn, parts), state, prompts, rollout, rewards)
     return parts
 
 
@@ -258,11 +265,10 @@ def programs(parts: Parts) -> dict[str, Program]:
     """
     parts = dataclasses.replace(parts, experiment=dataclasses.replace(parts.experiment, steps_per_dispatch=1))
     prompts, rollout, rewards = stages.abstract_rows(parts)
-    state, (mesh, rollout_mesh) = abstract_state(parts), checks.meshes_of(parts.experiment)
-    sample = jax.jit(functools.partial(sample_rows, parts))
+    state, mesh = abstract_state(parts), parts.experiment.mesh()
     given = {"step": (state, prompts), "update": (state, prompts, rollout, rewards)}
     learned = {name: Program(f, given[name], mesh) for name, f in jitted(parts).items() if name in given}
-    return {"rollout": Program(sample, (state, prompts), rollout_mesh), **learned}
+    return {"rollout": stages.sampling(parts, sample_rows, state, prompts), **learned}
 
 
 def whole_program(parts: Parts) -> dispatch.WholeStep:
@@ -323,7 +329,7 @@ def learn(parts: Parts, state: TrainState, prompts: Prompts, rollout: Rollout,
     rows = prompts_lib.repeat(prompts, experiment.group_size)
     state = state.replace(
         step=state.step + 1, curriculum=experiment.curriculum.update(state.curriculum, rows, batch),
-        controllers=controllers.turned(experiment, state.controllers, metrics),
+        controllers=controllers.turned(experiment, state.controllers, metrics, batch),
     )  # fmt: skip
     return state, metrics, batch
 

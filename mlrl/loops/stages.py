@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from mlrl import controllers, meshes, scoring
 from mlrl import prompts as prompts_lib
 from mlrl.loops import checks
-from mlrl.loops.states import Parts, abstract_state, reads_reference
+from mlrl.loops.states import Parts, Program, abstract_state, reads_reference
 from mlrl.models import lora
+from mlrl.models.projections import as_multiplied
 from mlrl.models.transformer import Transformer
 from mlrl.types import (
     AdvantageFn,
@@ -55,25 +56,42 @@ def sample_rows(parts: Parts, state: TrainState, prompts: Prompts, key: Array) -
 def sampler(parts: Parts, sample: Callable[..., Rollout]) -> Callable[..., Rollout]:
     """sample(parts, state, prompts, ...) compiled for the mesh of rollouts, to be called on that of the update.
 
-    Where the two differ, parameters and prompts are moved there first, and rows come back; see `meshes.mover`.
+    Where the two differ, parameters and prompts are moved there first, the parameters in the dtype of products, and
+    rows come back; see `meshes.mover`.
     """
     program = jax.jit(functools.partial(sample, parts))
     here, there = checks.meshes_of(parts.experiment)
     if there == here:
         return program
-    acting = lambda state: state.replace(opt_state=(), reference=())  # noqa: E731
-    state, (prompts, rollout, _) = acting(abstract_state(parts)), abstract_rows(parts)
+    state, (prompts, rollout, _) = acting(parts, abstract_state(parts)), abstract_rows(parts)
     places = lambda mesh: (meshes.state_shardings(state, mesh), meshes.row_shardings(prompts, mesh))  # noqa: E731
-    go = meshes.mover(places(here), places(there))
+    go, narrow = meshes.mover(places(here), places(there)), jax.jit(functools.partial(acting, parts))
     back = meshes.mover(*(meshes.row_shardings(rollout, mesh) for mesh in (there, here)))
 
     def on_other_mesh(state: TrainState, prompts: Prompts, *more: Any) -> Rollout:
-        moved = go((acting(state), prompts))
+        moved = go((narrow(state), prompts))
         with meshes.use(there):
             rollout = program(*moved, *more)
         return back(rollout)
 
     return on_other_mesh
+
+
+def acting(parts: Any, state: TrainState) -> TrainState:
+    """What a rollout on another mesh needs of the state."""
+    narrow = functools.partial(as_multiplied, dtype=jnp.dtype(parts.model.config.dtype))
+    state = state.replace(opt_state=(), reference=())
+    held = {"params": state.params, "frozen": state.frozen}
+    abstract = isinstance(jax.tree.leaves(state.params)[0], jax.ShapeDtypeStruct)
+    return state.replace(**(jax.eval_shape(narrow, held) if abstract else narrow(held)))
+
+
+def sampling(parts: Any, sample: Callable[..., Rollout], state: TrainState, *rows: Any) -> Program:
+    """The program that `sampler` compiles for sample(parts, state, *rows)."""
+    program, there = jax.jit(functools.partial(sample, parts)), checks.meshes_of(parts.experiment)[1]
+    if one_mesh(parts):
+        return Program(program, (state, *rows), there)
+    return Program(program, (acting(parts, state), *rows), there, beside=state)
 
 
 def one_mesh(parts: Parts) -> bool:
@@ -91,21 +109,21 @@ def reward_rows(parts: Any, state: TrainState, rollout: Rollout, prompts: Prompt
 
 
 def bound(parts: Parts, states: dict[str, Array]) -> tuple[tuple[LossFn, ...], AdvantageFn]:
-    """The losses and the advantage function, with controlled knobs where their controllers have them."""
+    """The losses and the advantage function, with knobs and memories as the state has them."""
     losses = tuple(controllers.bound(loss_fn, states) for loss_fn in parts.experiment.losses)
     return losses, controllers.bound(parts.experiment.advantage_fn, states)
 
 
-def score(parts: Parts, prompt_columns: int, model: Transformer, params: Params, rollout: Rollout, *,
-          with_logits: bool = False) -> Scores:  # fmt: skip
+def score(parts: Parts, prompt_columns: int, model: Transformer, params: Params, rollout: Rollout,
+          **more: Any) -> Scores:  # fmt: skip
     """The learner's forward pass, at the sampler's temperature; the prompts' columns are not scored."""
-    return scoring.score(model, params, rollout, first_column=prompt_columns, with_logits=with_logits,
-                         **_settings(parts.experiment))  # fmt: skip
+    return scoring.score(model, params, rollout, first_column=prompt_columns, **_settings(parts.experiment), **more)
 
 
 def _settings(experiment: Any) -> dict[str, Any]:
     """What every score of an experiment is made with."""
-    return {"temperature": experiment.sampling.temperature, "chunk_columns": experiment.score_chunk_columns}
+    return {"temperature": experiment.sampling.temperature, "chunk_columns": experiment.score_chunk_columns,
+            "chunk_vocabulary": experiment.score_chunk_vocabulary}  # fmt: skip
 
 
 def forward(parts: Any, prompts: Prompts) -> scoring.Forward:
@@ -129,12 +147,13 @@ def annotate(parts: Parts, state: TrainState, batch: Batch, score: ScoreFn) -> B
     if "Batch.values" in parts.reads:
         batch = batch.replace(values=current(batch.rollout).values)
     if reads_reference(parts):
-        whole = reads_distribution(parts)
-        said = score(parts.reference_model, lora.reference(state), batch.rollout, with_logits=whole)
+        tokens = parts.experiment.reference_tokens
+        asked = {"top_tokens": tokens} if tokens else {"with_logits": True}
+        asked = asked if reads_distribution(parts) else {}
+        said = score(parts.reference_model, lora.reference(state), batch.rollout, **asked)
         batch = batch.replace(reference_log_probs=said.log_probs)
-        if whole:
-            kept = likeliest(said.logits, parts.experiment.reference_tokens)
-            batch = batch.replace(reference_distribution=kept)
+        if asked:
+            batch = batch.replace(reference_distribution=said.top if tokens else every_token(said.logits))
     return jax.lax.stop_gradient(batch)
 
 
@@ -143,13 +162,10 @@ def reads_distribution(parts: Parts) -> bool:
     return any(name.startswith("Batch.reference_distribution") for name in parts.reads)
 
 
-def likeliest(logits: Array, tokens: int) -> Distribution:
-    """The `tokens` likeliest tokens of each position and their log-probs; 0: the whole vocabulary, in its order."""
-    log_probs = jax.nn.log_softmax(logits, axis=-1)
-    if tokens == 0:
-        return Distribution(jnp.broadcast_to(jnp.arange(logits.shape[-1]), logits.shape), log_probs)
-    top, ids = jax.lax.top_k(log_probs, tokens)
-    return Distribution(ids, top)
+def every_token(logits: Array) -> Distribution:
+    """The log-probs of the whole vocabulary, in its order."""
+    ids = jnp.broadcast_to(jnp.arange(logits.shape[-1]), logits.shape)
+    return Distribution(ids, jax.nn.log_softmax(logits, axis=-1))
 
 
 def models(parts: Parts, state: TrainState) -> Models:

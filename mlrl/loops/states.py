@@ -38,11 +38,13 @@ class Program(NamedTuple):
     function    jitted
     arguments   arrays, or only their shapes and dtypes: the state, then rows
     mesh        that it runs on
+    beside      a state that lies in memory meanwhile, on the mesh of the update; () if the arguments are all of it
     """
 
     function: Callable
     arguments: tuple[Any, ...]
     mesh: Mesh
+    beside: Any = ()
 
 
 def reads_reference(parts: Parts) -> bool:

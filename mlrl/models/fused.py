@@ -8,12 +8,15 @@ their order, and back after. A window then counts tokens, as `attention.within_w
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
-from mlrl.axes import spec_of
+from mlrl.axes import divided, spec_of
 from mlrl.models.attention import attend
 from mlrl.types import Array
 
@@ -44,14 +47,21 @@ def splash(queries: Array, keys: Array, values: Array, mask: Array, *, scale: fl
            interpret: bool = False) -> Array:  # fmt: skip
     """`attend` through the kernel that JAX has for TPUs. See `by_platform`.
 
+    A mesh's `sequence` axis splits the queries: each device has its part of a row's, and all of its keys and values.
+    The last part looks at the most keys, and the others wait for it.
+
     Tested in interpret mode on a CPU, values and gradients, and lowered for a TPU; it has not been run on one.
 
     Args:
       interpret: runs the kernel as plain JAX, on any platform.
     Reference: Dao et al. 2022, FlashAttention; jax.experimental.pallas.ops.tpu.splash_attention.
     """
-    kernel = functools.partial(_splash, cap=cap, window=window, interpret=interpret)
-    return _on_valid_tokens(kernel, queries * scale, keys, values, mask)
+    heads, parts = queries.shape[2] * queries.shape[3], _sequence_parts(queries.shape[1])
+    heads //= math.prod(_sizes(divided("kv_heads", queries.shape[2], _mesh())))
+    made = _splash_kernel(queries.shape[1], heads, parts, cap, window, interpret)
+    specs = made.manual_sharding_spec(NamedSharding(_mesh(), PartitionSpec(None, "sequence"))) if parts > 1 else (
+        jax.tree.map(lambda _: PartitionSpec(), made))  # fmt: skip
+    return _on_valid_tokens(_splash, queries * scale, keys, values, mask, made=(made, specs), parts=parts)
 
 
 def cudnn(queries: Array, keys: Array, values: Array, mask: Array, *, scale: float, cap: float = 0.0,
@@ -68,56 +78,92 @@ def cudnn(queries: Array, keys: Array, values: Array, mask: Array, *, scale: flo
     return _on_valid_tokens(kernel, queries, keys, values, mask)
 
 
-def _on_valid_tokens(kernel: Callable[..., Array], queries: Array, keys: Array, values: Array, mask: Array) -> Array:
-    """A kernel (queries [B,L,K*H,W], keys and values [B,L,K,W], lengths [B]) on the valid tokens of rows.
+def _on_valid_tokens(kernel: Callable[..., Array], queries: Array, keys: Array, values: Array, mask: Array, *,
+                     made: tuple[Any, Any] = ((), ()), parts: int = 1) -> Array:  # fmt: skip
+    """A kernel (queries [B,M,K*H,W], keys and values [B,L,K,W], lengths [B], first, made) on the valid tokens of rows.
 
-    On a mesh each device has its rows and heads, and the whole length: no compiler splits such a kernel by itself.
+    The queries are those of the columns from `first` on. On a mesh each device has its rows and heads, and the whole
+    length, or one of `parts` parts of the queries: no compiler splits such a kernel by itself.
+
+    Args:
+      made: what else the kernel is given, and how a mesh splits it.
     """
-    def of_device(queries: Array, keys: Array, values: Array, valid: Array) -> Array:
+    def of_device(queries: Array, keys: Array, values: Array, valid: Array, made: Any) -> Array:
         b, length, k, h, width = queries.shape
         order = jnp.argsort(~valid, axis=1, stable=True)
         take = lambda x, order: jnp.take_along_axis(x, order[:, :, None, None], axis=1)  # noqa: E731
         keys, values = jnp.moveaxis(keys, 3, 1), jnp.swapaxes(values, 1, 2)
         rows = [take(x, order) for x in (queries.reshape(b, length, k * h, width), keys, values)]
-        out = kernel(*rows, jnp.sum(valid, axis=1, dtype=jnp.int32)).astype(values.dtype)
-        return take(out, jnp.argsort(order, axis=1)).reshape(b, length, k, h, width)
+        mine, first = length // parts, 0
+        if parts > 1:
+            first = mine * jax.lax.axis_index("sequence")
+            rows[0] = jax.lax.dynamic_slice_in_dim(rows[0], first, mine, axis=1)
+        out = kernel(*rows, jnp.sum(valid, axis=1, dtype=jnp.int32), first, made).astype(values.dtype)
+        if parts > 1:
+            out = jax.lax.all_gather(out, "sequence", axis=1, tiled=True)
+        back = jax.lax.dynamic_slice_in_dim(jnp.argsort(order, axis=1), first, mine, axis=1)
+        return take(out, back).reshape(b, mine, k, h, width)
 
     given = (queries, keys, values, jnp.diagonal(mask, axis1=1, axis2=2))
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = _mesh()
     if mesh.empty or mesh.size == 1:
-        return of_device(*given)
+        return of_device(*given, made[0])
     axes = (("rows", "", "kv_heads"), ("rows", "kv_heads"), ("rows", "kv_heads"), ("rows",))
     specs = tuple(spec_of(names, x.shape, mesh) for names, x in zip(axes, given))
-    return jax.shard_map(of_device, in_specs=specs, out_specs=specs[0], check_vma=False)(*given)
+    out = spec_of(("rows", "columns" if parts > 1 else "", "kv_heads"), queries.shape, mesh)
+    return jax.shard_map(of_device, in_specs=(*specs, made[1]), out_specs=out, check_vma=False)(*given, made[0])
 
 
-def _splash(queries: Array, keys: Array, values: Array, lengths: Array, *, cap: float, window: int,
-            interpret: bool) -> Array:  # fmt: skip
+def _mesh() -> Any:
+    return jax.sharding.get_abstract_mesh()
+
+
+def _sizes(axes: Sequence[str]) -> list[int]:
+    return [_mesh().shape[name] for name in axes]
+
+
+def _sequence_parts(length: int) -> int:
+    """Into how many parts a mesh splits the columns of rows; 1 where they would not be whole blocks of a kernel."""
+    parts = math.prod(_sizes(divided("columns", length, _mesh())))
+    return parts if length % (parts * _LANES) == 0 else 1
+
+
+def _splash_kernel(length: int, heads: int, parts: int, cap: float, window: int, interpret: bool) -> Any:
+    """The kernel of a device, for rows of `length` columns, with what it knows of the mask for each of the parts."""
     # Inside, since Pallas takes a second to import.
     from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
-    length, heads = queries.shape[1:3]
     padded = -(-length // _LANES) * _LANES
-    block = next(size for size in (4 * _LANES, 2 * _LANES, _LANES) if padded % size == 0)
+    block = next(size for size in (4 * _LANES, 2 * _LANES, _LANES) if padded // parts % size == 0)
     sizes = kernels.BlockSizes(**{name: block for name in (
         "block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq",
         "block_kv_dq")})  # fmt: skip
     square = (padded, padded)
-    seen = kernels.LocalMask(square, (window - 1, 0), 0) if window else kernels.CausalMask(square)
-    attention = kernels.make_splash_mha_single_device(
-        kernels.MultiHeadMask([seen] * heads), block_sizes=sizes, attn_logits_soft_cap=cap or None, interpret=interpret)
+    seen = kernels.LocalMask(square, (window - 1, 0), 0, parts) if window else kernels.CausalMask(square, 0, parts)
+    return kernels.make_splash_mha(
+        kernels.MultiHeadMask([seen] * heads), head_shards=1, q_seq_shards=parts, block_sizes=sizes,
+        attn_logits_soft_cap=cap or None, interpret=interpret,
+    )  # fmt: skip
+
+
+def _splash(queries: Array, keys: Array, values: Array, lengths: Array, first: Array | int, made: Any) -> Array:
+    from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
     def row(queries: Array, keys: Array, values: Array, length: Array) -> Array:
-        segment = (jnp.arange(padded) < length).astype(jnp.int32)  # padding sees padding, and no token does
-        return attention(queries, keys, values, segment_ids=kernels.SegmentIds(segment, segment))
+        # Padding sees padding, and no token does.
+        real = lambda x, first: (first + jnp.arange(x.shape[1]) < length).astype(jnp.int32)  # noqa: E731
+        return made(queries, keys, values, segment_ids=SegmentIds(real(queries, first), real(keys, 0)))
 
-    heads_first = lambda x: jnp.pad(jnp.swapaxes(x, 1, 2), [(0, 0), (0, 0), (0, padded - length), (0, 0)])  # noqa: E731
+    def heads_first(x: Array) -> Array:
+        return jnp.pad(jnp.swapaxes(x, 1, 2), [(0, 0), (0, 0), (0, -x.shape[1] % _LANES), (0, 0)])
+
     out = jax.vmap(row)(*map(heads_first, (queries, keys, values)), lengths)
-    return jnp.swapaxes(out[:, :, :length], 1, 2)
+    return jnp.swapaxes(out[:, :, : queries.shape[1]], 1, 2)
 
 
-def _dot_product(queries: Array, keys: Array, values: Array, lengths: Array, *, scale: float, window: int,
-                 implementation: str) -> Array:  # fmt: skip
+def _dot_product(queries: Array, keys: Array, values: Array, lengths: Array, first: int, made: tuple, *, scale: float,
+                 window: int, implementation: str) -> Array:  # fmt: skip
+    del first, made
     return jax.nn.dot_product_attention(
         queries, keys, values, scale=scale, is_causal=True, query_seq_lengths=lengths, key_value_seq_lengths=lengths,
         local_window_size=(window - 1, 0) if window else None, implementation=implementation,

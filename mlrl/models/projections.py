@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mlrl.types import Array
+from mlrl.types import Array, Params
 
 Int8 = dict[str, Array]  # {"int8": integers from -127 to 127, "scale": float32, of length 1 in each axis summed over}
 Kernel = Array | Int8
@@ -105,6 +105,19 @@ def to_float(kernel: Kernel, dtype: jnp.dtype) -> Array:
     if isinstance(kernel, dict):
         return (kernel["int8"].astype(jnp.float32) * kernel["scale"]).astype(dtype)
     return kernel.astype(dtype)
+
+
+def as_multiplied(params: Params, dtype: jnp.dtype) -> Params:
+    """Parameters with every kernel and embedding in the dtype of products, to which each is cast before it is used: a
+    model says the same by them. Norms, value heads, biases and adapters stay as they are.
+    """
+
+    def cast(path: tuple, x: Array) -> Array:
+        names = [str(getattr(part, "key", part)) for part in path]
+        multiplied = names[-1] in ("kernel", "embedding", "gate_up", "down") and not {"value", "critic"} & set(names)
+        return x.astype(dtype) if multiplied and jnp.dtype(dtype).itemsize < x.dtype.itemsize else x
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def float_dtype(param_dtype: jnp.dtype | str) -> jnp.dtype:

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from mlrl import meshes
-from mlrl.models import remat
-from mlrl.models.attention import Cache, attend, soft_cap, within_window
+from mlrl.models import head, remat
+from mlrl.models.attention import Cache, attend, within_window
+from mlrl.models.embedding import look_up
 from mlrl.models.layers import Layers, scanned, stream
 from mlrl.models.norms import RMSNorm
 from mlrl.models.projections import float_dtype
@@ -190,7 +191,7 @@ class Transformer(nn.Module):
                 nn.share_scope(self, self.rest)  # a model that is not scanned has its layers' parameters at the top
         self.final_norm = norm()
         if not c.tied_head:
-            self.head = nn.Dense(c.vocabulary_size, use_bias=False, **dtypes)
+            self.head = head.Kernel((c.width, c.vocabulary_size), dtypes["param_dtype"])
         if c.critic_layers:
             # Its output head is never called, and so has no parameters.
             self.critic = Transformer(dataclasses.replace(plain(c), layers=c.critic_layers, critic_layers=0))
@@ -224,8 +225,7 @@ class Transformer(nn.Module):
     def _embedded(self, tokens: Array, positions: Array, columns: int) -> Array:
         """Tokens [B,L], and their positions where these are learned, as vectors [B,L,D]."""
         c = self.config
-        # The table is gathered along its width before the lookup, as kernels are before their products.
-        x = jnp.take(meshes.split(self.embedding.embedding, "vocabulary").astype(c.dtype), tokens, axis=0)
+        x = look_up(self.embedding.embedding, tokens).astype(c.dtype)
         if c.embedding_scale != 1.0:
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
         if not c.learned_positions:
@@ -237,8 +237,12 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Array) -> Array:
         """Hidden states [...,D] to unnormalized log-probabilities [...,V], always fp32."""
-        logits = self.embedding.attend(hidden) if self.config.tied_head else self.head(hidden)
-        return soft_cap(logits.astype(jnp.float32), self.config.logits_cap)
+        return head.logits(hidden, self.head_kernel(), self.config.logits_cap)
+
+    def head_kernel(self) -> Array:
+        """The output head's kernel [V,D], in the dtype of products."""
+        kernel = self.embedding.embedding if self.config.tied_head else self.head().T
+        return kernel.astype(self.config.dtype)
 
     def critic_hidden(self, tokens: Array, positions: Array, mask: Array, caches: tuple[Cache, ...] = (),
                       column: Array | int = 0) -> tuple[Array, tuple[Cache, ...]]:  # fmt: skip

@@ -90,7 +90,9 @@ def compiled(name: str, program: Program, parts: Any, chip: Chip) -> Result:
     sent = sent._replace(sent={kind: chip.devices * count for kind, count in sent.sent.items()})
     held = held_by(arguments, chip, parts.model.config.dtype)
     time_ = predicted(phases, sent, held, chip, chips)
-    found = memory(executable.memory_analysis(), arguments, chip)
+    beside = jax.tree.map(_placed, program.beside, meshes.state_shardings(program.beside, parts.experiment.mesh())) if (
+        program.beside) else ()  # fmt: skip
+    found = memory(executable.memory_analysis(), arguments, beside, chip)
     return {
         "fits": found["spare_bytes"] >= 0, "missing_bytes": max(0, -found["spare_bytes"]), **found,
         "flops": {phase: one.flops / chips for phase, one in phases.items()},
@@ -110,30 +112,33 @@ def placed(arguments: Sequence[Any], mesh: Mesh) -> tuple[Any, ...]:
     shards, whole = meshes.row_shards(mesh), NamedSharding(mesh, PartitionSpec())
     split = NamedSharding(mesh, PartitionSpec(meshes.RULES["rows"]))
 
-    def place(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
     def row(x: Any) -> Any:
         if not hasattr(x, "shape"):
             return x
-        return place(x, split if x.ndim and x.shape[0] % shards == 0 else whole)
+        return _placed(x, split if x.ndim and x.shape[0] % shards == 0 else whole)
 
-    return jax.tree.map(place, state, meshes.state_shardings(state, mesh)), *jax.tree.map(row, rows)
+    return jax.tree.map(_placed, state, meshes.state_shardings(state, mesh)), *jax.tree.map(row, rows)
 
 
-def memory(stats: Any, arguments: Sequence[Any], chip: Chip) -> Result:
+def _placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def memory(stats: Any, arguments: Sequence[Any], beside: Any, chip: Chip) -> Result:
     """What a chip holds while a program runs, in bytes, from what the compiler says of one device.
 
     What reuses the memory of arguments is no output. Beside the program lies whatever part of the state it does not
-    read, and which is not among its arguments: sampling does without the optimizer's.
+    read, and which is not among its arguments: sampling does without the optimizer's; and on a mesh of its own it reads
+    a copy, `beside` all of the state.
     """
-    given = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(arguments[0])
-                if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key))  # fmt: skip
+    held = lambda tree: sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize  # noqa: E731
+                            for x in jax.tree.leaves(tree) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key))
+    read = stats.argument_size_in_bytes
     found = {
-        "arguments_bytes": stats.argument_size_in_bytes, "temporaries_bytes": stats.temp_size_in_bytes,
+        "arguments_bytes": read, "temporaries_bytes": stats.temp_size_in_bytes,
         "output_bytes": stats.output_size_in_bytes - stats.alias_size_in_bytes,
         "code_bytes": stats.generated_code_size_in_bytes,
-        "beside_bytes": max(0, given - stats.argument_size_in_bytes),
+        "beside_bytes": held(beside) if beside else max(0, held(arguments[0]) - read),
     }  # fmt: skip
     found = {name: chip.devices * count for name, count in found.items()}
     return found | {"spare_bytes": chip.hbm_bytes - sum(found.values())}

@@ -312,12 +312,13 @@ function sampleCard(row, mode, scale) {
   const fact = (name, x) => (known(x) ? el("span", {}, `${name} `, el("b", {}, typeof x === "number" ? format(x) : String(x))) : null);
   const tokens = Array.isArray(row.tokens) ? row.tokens : [];
   const facts = el("div", { class: "facts" }, fact("reward", row.reward), fact("outcome", row.outcome), Object.entries(row.parts || {}).filter(([n, x]) => x !== 0 || !n.startsWith("unscored/")).map(([n, x]) => fact(n, x)),
-    fact("tokens", tokens.length), fact("group", row.group),
+    fact("tokens", tokens.length), fact("group", row.group), row.role ? fact("role", row.role) : null,
     row.truncated ? el("span", { class: "badge warn" }, "truncated") : null, row.scored === false ? el("span", { class: "badge warn" }, "unscored") : null);
-  const spans = tokens.map((token, t) => {
+  const told = (t) => ((row.observed || {})[t] === undefined ? [] : [el("span", { class: "mark" }, `\u27e8${row.observed[t]}\u27e9`)]);
+  const spans = tokens.flatMap((token, t) => {
     const mark = token === "" ? "\u25a1" : token.replace(/\n/g, "\u21b5\n");
-    return el("span", { "data-t": t, class: token === "" ? "mark" : null, style: `background:${tokenColor(mode, row, t, scale)}` }, mark);
-  });
+    return [...told(t), el("span", { "data-t": t, class: token === "" ? "mark" : null, style: `background:${tokenColor(mode, row, t, scale)}` }, mark)];
+  }).concat(told(tokens.length));
   const text = el("div", { class: "tokens" }, spans.length ? spans : row.completion || "");
   const tell = (event) => {
     const t = event.target.dataset && event.target.dataset.t;

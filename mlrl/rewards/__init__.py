@@ -16,8 +16,8 @@ _PUBLIC = {
         "length", "numeric", "reasoning_gym_score", "regular_expression", "symbolic",
     ),
     "mlrl.rewards.graph": (
-        "arithmetic", "countdown", "final_answer", "length_tokens", "overlong", "random", "token_count",
-        "truncated_penalty",
+        "arithmetic", "countdown", "final_answer", "from_environment", "length_tokens", "overlong", "random",
+        "token_count", "truncated_penalty",
     ),
     "mlrl.rewards.lengths": ("laser", "laser_d", "laser_de", "self_rewarded_efficiency", "truncation"),
     "mlrl.rewards.shaped": ("centred_linear", "clip_to_deviation", "minmax", "par", "sigmoid", "standardize"),

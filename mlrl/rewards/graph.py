@@ -61,6 +61,24 @@ def truncated_penalty(rollout: Rollout, prompts: Prompts) -> Array:
     return -jnp.asarray(rollout.truncated, jnp.float32)
 
 
+def from_environment(rollout: Rollout, prompts: Prompts) -> dict[str, Array]:
+    """What an environment or a game paid, where it paid it: each payment sits at the last token of its turn.
+
+    {"reward": earned [B,L], ...}; what else the environment says of an episode is logged as parts. A row in which the
+    policy did not act (another player's, or one whose game was over before its turn) is unscored. The outcome of a row
+    is the sum of its payments.
+
+    Raises:
+      Refused: no environment made the rollout.
+    """
+    if isinstance(rollout.earned, tuple):
+        raise Refused("from_environment: this rollout has no environment that pays: set Experiment.rollout_fn to "
+                      "multi_turn.multi_turn or self_play.self_play, or choose another reward")  # fmt: skip
+    acted = rollout.action_mask.any(axis=1)
+    total = jnp.where(acted, jnp.where(rollout.action_mask, rollout.earned, 0.0).sum(axis=1), jnp.nan)
+    return {"reward": rollout.earned, "outcome": total, **rollout.facts}
+
+
 def random(*, seed: int = 0, rate: float = 0.5) -> RewardFn:
     """The control: 1 with probability `rate` and 0 otherwise, whatever the completion says.
 

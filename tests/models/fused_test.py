@@ -54,7 +54,7 @@ def test_a_kernel_equals_plain_attention(attention, length, window, cap):
     found = both(attention, arrays, mask, valid, cap=cap, window=window)
     wanted = both(attend, arrays, mask, valid, cap=cap, window=window)
     for one, other in zip(found, wanted, strict=True):
-        np.testing.assert_allclose(one, other, atol=2e-5)
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-5)
         assert jnp.abs(other).max() > 0.5
     other_window = both(attend, arrays, within_window(mask, 2), valid, cap=cap, window=2)
     assert jnp.abs(other_window[0] - wanted[0]).max() > 0.1, "a window does something here"
@@ -66,7 +66,21 @@ def test_a_kernel_is_run_by_each_device_on_its_rows_and_heads():
     alone = both(attend, arrays, mask, valid, **how)
     with meshes.use(meshes.mesh(data=2, fsdp=2, tensor=2)):
         for one, other in zip(both(SPLASH, arrays, mask, valid, **how), alone, strict=True):
-            np.testing.assert_allclose(one, other, atol=2e-5)
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("window, cap, sizes", [
+    (0, 0.0, dict(data=1, sequence=4, tensor=2)), (150, 2.0, dict(data=2, sequence=2)),
+], ids=str)  # fmt: skip
+def test_a_mesh_may_split_the_queries_of_a_row(window, cap, sizes):
+    arrays, mask, valid = given(512, window)
+    how = dict(cap=cap, window=window)
+    alone = both(attend, arrays, mask, valid, **how)
+    with meshes.use(meshes.mesh(**sizes, devices=int(np.prod(list(sizes.values()))))):
+        assert fused._sequence_parts(512) == sizes["sequence"]
+        assert fused._sequence_parts(500) == 1, "no whole blocks"
+        for one, other in zip(both(SPLASH, arrays, mask, valid, **how), alone, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=5e-5)
 
 
 def test_the_kernel_is_chosen_by_the_platform(monkeypatch):

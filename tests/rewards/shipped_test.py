@@ -196,3 +196,20 @@ def test_judges_of_text_tasks_run_in_workers_and_report_apart():
     np.testing.assert_array_equal(rewards.outcome, [1, 0, 0])
     np.testing.assert_array_equal(rewards.parts["gsm8k_score/strict"], [1, 0, 0])
     np.testing.assert_array_equal(rewards.parts["gsm8k_score/lenient"], [1, 1, 0])
+
+
+def test_from_environment_places_each_payment_and_leaves_out_rows_that_did_not_act():
+    rollout = rollout_of(["abcd", "abcd"])
+    action = np.array(rollout.action_mask)
+    action[0, 4], action[1] = False, False  # an observation between two turns; another player's row
+    earned = np.zeros(action.shape, np.float32)
+    earned[0, 3], earned[0, 4], earned[0, 6], earned[1, 6] = 1.0, 5.0, -2.0, 3.0
+    rollout = rollout.replace(action_mask=action, earned=earned, facts={"turns": np.float32([2, 1])}).check()
+    reward = lift(graph.from_environment)
+    rewards, _ = reward.update((), rollout, prompts_of(2), None, None)
+    np.testing.assert_array_equal(rewards.tokens, [[0, 0, 0, 1, 0, 0, -2, 0, 0, 0], [0] * 10])
+    np.testing.assert_array_equal(rewards.outcome, [-1, 0])
+    np.testing.assert_array_equal(rewards.scored, [True, False])
+    np.testing.assert_array_equal(rewards.parts["from_environment/turns"], [2, 0])
+    with pytest.raises(Refused, match="no environment that pays"):
+        run(lift(graph.from_environment), ["abcd"])

@@ -1,0 +1,1 @@
+"""Environments and games: what answers a policy between its turns."""
