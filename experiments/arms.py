@@ -1,7 +1,7 @@
 """Runs the arms of a study: gin files of one online task, over several seeds, each arm compiled once.
 
-All arms of a seed start from the same warm-started parameters. What is done is kept in the study's folder, one JSON file
-for each arm and seed, and is not done again:
+All arms of a seed start from the same warm-started parameters. What is done is kept in the study's folder, one JSON
+file for each arm and seed, and is not done again:
 
     evaluations  step -> task -> metric -> value, before, during and after training
     log          metric -> its value at every step
@@ -42,7 +42,8 @@ def from_command_line(words: str, arms: Mapping[str, str]) -> tuple[pathlib.Path
     return given.folder, run(given.folder, {name: arms[name] for name in given.arms}, given.seeds, overrides)
 
 
-def run(folder: pathlib.Path, arms: Mapping[str, str], seeds: int, overrides: Mapping[str, str]) -> dict[str, list[Any]]:
+def run(folder: pathlib.Path, arms: Mapping[str, str], seeds: int,
+        overrides: Mapping[str, str]) -> dict[str, list[Any]]:  # fmt: skip
     """Does what is missing. Returns what was found of every arm, a list of one for each seed."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     folder.mkdir(parents=True, exist_ok=True)

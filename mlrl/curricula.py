@@ -72,8 +72,8 @@ def dump(*, window: int = 300, temperature: float = 0.1, exploration: float = 1.
       temperature: of the softmax; advantages have the scale of 1.
       exploration: 1.0 is UCB1's; 0.0 none.
     Raises: Refused, if window is no whole number of at least 1, temperature not above 0, or exploration below 0.
-    Reference: Wang et al. 2025, "DUMP: Automated Distribution-Level Curriculum Learning for RL-based LLM Post-training".
-      Left out: their code also takes the mean reward of each validation for one more advantage.
+    Reference: Wang et al. 2025, "DUMP: Automated Distribution-Level Curriculum Learning for RL-based LLM
+      Post-training". Left out: their code also takes the mean reward of each validation for one more advantage.
     """
     require_whole("dump", "window", window, 1)
     if not temperature > 0 or not exploration >= 0:

@@ -35,10 +35,11 @@ def source(operands: int) -> str:
 
 def table(found: dict[str, list[Any]]) -> str:
     """A Markdown table of accuracy and tokens, before and after; a mean and its interval over seeds."""
-    lines = ["| arm | accuracy | tokens | tokens of 3, 4, 5 numbers | accuracy of 3, 4, 5 numbers |", "|---|---|---|---|---|"]
-    before = [arms.evaluated(one, TASK, metric)[0] for metric in (ACCURACY, LENGTH) for one in next(iter(found.values()))]
-    half = len(before) // 2
-    lines.append(f"| before | {shown(before[:half])} | {shown(before[half:])} | | |")
+    lines = ["| arm | accuracy | tokens | tokens of 3, 4, 5 numbers | accuracy of 3, 4, 5 numbers |",
+             "|---|---|---|---|---|"]  # fmt: skip
+    first = next(iter(found.values()))
+    before = [shown([arms.evaluated(one, TASK, metric)[0] for one in first]) for metric in (ACCURACY, LENGTH)]
+    lines.append("| " + " | ".join(["before", *before, "", ""]) + " |")
     for name, runs in found.items():
         whole = [shown([arms.at_the_end(one, TASK, metric) for one in runs]) for metric in (ACCURACY, LENGTH)]
         each = [", ".join(f"{sum(arms.at_the_end(one, source(k), metric) for one in runs) / len(runs):.{digits}f}"
@@ -48,7 +49,7 @@ def table(found: dict[str, list[Any]]) -> str:
 
 
 def plot(found: dict[str, list[Any]], path: pathlib.Path) -> None:
-    """For all chains, and for each length of chain: the way of every arm from its start to its end, means over seeds."""
+    """For all chains, and for each of their lengths: the way of every arm from start to end, means over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -58,12 +59,13 @@ def plot(found: dict[str, list[Any]], path: pathlib.Path) -> None:
     figure, panels = plt.subplots(1, len(tasks), figsize=(4 * len(tasks), 4), layout="constrained", sharey=True)
     for axes, (title, task) in zip(panels, tasks.items()):
         for name, runs in found.items():
-            ways = {metric: [list(arms.evaluated(one, task, metric).values()) for one in runs] for metric in (ACCURACY, LENGTH)}
-            mean = {metric: [sum(column) / len(column) for column in zip(*rows)] for metric, rows in ways.items()}
-            (line,) = axes.plot(mean[LENGTH], mean[ACCURACY], alpha=0.4)
-            axes.plot(mean[LENGTH][-1], mean[ACCURACY][-1], "o", color=line.get_color(), label=name)
-            axes.plot([way[-1] for way in ways[LENGTH]], [way[-1] for way in ways[ACCURACY]], ".", color=line.get_color(),
-                      alpha=0.5, markersize=4)  # fmt: skip
+            tokens, right = ([list(arms.evaluated(one, task, metric).values()) for one in runs]
+                             for metric in (LENGTH, ACCURACY))  # fmt: skip
+            way = [[sum(column) / len(column) for column in zip(*rows)] for rows in (tokens, right)]
+            (line,) = axes.plot(*way, alpha=0.4)
+            axes.plot(way[0][-1], way[1][-1], "o", color=line.get_color(), label=name)
+            ends = [[row[-1] for row in rows] for rows in (tokens, right)]
+            axes.plot(*ends, ".", color=line.get_color(), alpha=0.5, markersize=4)
         axes.set(title=title, xlabel="tokens a completion")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel(f"accuracy on held-out chains ({ACCURACY})")

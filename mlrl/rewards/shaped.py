@@ -1,8 +1,8 @@
-"""Shaping of a learned reward, or of any proxy: a whole row's reward goes through a function that it is hard to exploit.
+"""Shaping of a learned reward, or of any proxy: a row's reward goes through a function that is hard to exploit.
 
 Each takes a reward and puts a function of the row's sum on its last action. The outcome stays what it was, so that a
-proxy whose outcome is the truth (`combinators.weighted_sum` of the truth and of what the proxy overrates) shows both: the
-part `<name>/raw` is the proxy, accuracy the truth.
+proxy whose outcome is the truth (`combinators.weighted_sum` of the truth and of what the proxy overrates) shows both:
+the part `<name>/raw` is the proxy, accuracy the truth.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def par(reward: Reward, *, steepness: float = 1.0, seed: int = 0) -> RewardFn:
       steepness: k.
       seed: of the reference's answers.
     Returns: a RewardFn with the parts `par`, `par/raw` and `par/reference` (the proxy of the reference's answers).
-    Reference: Fu et al. 2025, "Reward Shaping to Mitigate Reward Hacking in RLHF". Departure: theirs are 10 answers of a
-      prompt that are sampled once and kept. Left out: a penalty of 0.01 for each token beyond 300, which all their arms
+    Reference: Fu et al. 2025, "Reward Shaping to Mitigate Reward Hacking in RLHF". Departure: theirs are 10 answers
+      of a prompt that are sampled once and kept. Left out: a penalty of 0.01 for each token beyond 300, which all their arms
       have (`graph.overlong` is one), and the KL in the reward (`advantages.kl_in_reward`).
     """
     if not steepness > 0:
