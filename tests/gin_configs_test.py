@@ -109,7 +109,9 @@ def with_includes(path):
 
 def overrides_for(path, folder):
     """The values that an experiment asks for: real data beside the checkout, and weights that are written here."""
-    asked = re.findall(r"^(\w+) = %gin.REQUIRED", with_includes(path), re.M)
+    text = with_includes(path)
+    given = re.findall(r"^(\w+) = (?!%gin.REQUIRED)", text, re.M)  # by the experiment itself
+    asked = [name for name in re.findall(r"^(\w+) = %gin.REQUIRED", text, re.M) if name not in given]
     where = {"DATA": DATA / pathlib.Path(path).parent.name, "VOCAB": DATA / "tokenizers" / "gpt2", "WEIGHTS": folder}
     if "WEIGHTS" in asked:
         config = Config(**SMALL, vocabulary_size=50304)  # more rows than the tokenizer has ids
