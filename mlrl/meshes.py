@@ -52,7 +52,7 @@ def mesh(*, data: int = 0, fsdp: int = 1, tensor: int = 1, sequence: int = 1, ex
     Raises: Refused, if the sizes do not multiply to the number of devices.
     Reference: Rajbhandari et al. 2020, ZeRO; Shoeybi et al. 2019, Megatron-LM; Xu et al. 2021, GSPMD.
     """
-    available = _DEVICES.get() or tuple(jax.devices())
+    available = _available()
     require_whole("mesh", "devices", devices, 0)
     if devices > len(available):
         raise Refused(f"mesh.devices is {devices}, but only {len(available)} devices are present")
@@ -71,6 +71,28 @@ def rearranged(mesh: Mesh, *, data: int = 0, fsdp: int = 1, tensor: int = 1, seq
     """The same devices, in the same order, in a mesh of other sizes. See `mesh`."""
     shape = _shape(mesh.size, dict(zip(AXES, (data, fsdp, tensor, sequence, expert))))
     return Mesh(mesh.devices.reshape(shape), AXES)
+
+
+def others(mesh: Mesh, *, data: int = 0, fsdp: int = 1, tensor: int = 1, sequence: int = 1,
+           expert: int = 1) -> Mesh:  # fmt: skip
+    """The machine's devices that `mesh` leaves out, in a mesh of these sizes: as `Experiment.rollout_mesh`, so that
+    rollouts and updates have devices of their own. One number of devices must divide the other. See `mesh`.
+
+    Raises: Refused, if it leaves out none.
+    """
+    taken = set(mesh.devices.flat)
+    rest = [device for device in _available() if device not in taken]
+    if not rest:
+        raise Refused(f"the update's mesh takes all {len(taken)} devices, and rollouts are to have others: set "
+                      "meshes.mesh.devices to fewer")  # fmt: skip
+    if len(rest) % len(taken) and len(taken) % len(rest):
+        raise Refused(f"the update's mesh has {len(taken)} devices and leaves {len(rest)} to rollouts: one of the two "
+                      "must divide the other, so that weights move in parts; change meshes.mesh.devices")  # fmt: skip
+    return _arranged(rest, _shape(len(rest), dict(zip(AXES, (data, fsdp, tensor, sequence, expert)))))
+
+
+def _available() -> tuple[Any, ...]:
+    return _DEVICES.get() or tuple(jax.devices())
 
 
 def _shape(devices: int, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -174,16 +196,22 @@ def read_in_parts(path: tuple[str, ...], shape: Sequence[int], read: Callable[[t
 
 
 def mover(here: Any, there: Any) -> Callable[[Any], Any]:
-    """A program that moves arrays from one mesh to another of the same devices, in the same order.
+    """What moves arrays from one mesh to another: of the same devices in the same order, or of none of them.
 
     No device ever holds more of an array than the larger of its parts here and there, but for copies of a part. Left to
     itself, a compiler makes whole on every device what it does not know how to exchange, and `jax.device_put` goes by
     way of the host. Between two splits into as many parts as there are devices it finds an exchange; so arrays are
     first cut down to such a split where they are, then exchanged, then gathered to what is wanted.
 
+    To other devices, arrays are first split where they are as they will be there (or, if there are more devices there,
+    there as they are here), so that parts go from device to device as they are. Nothing waits for anything.
+
     Args:
       here, there: NamedShardings in the structure of what is moved.
     """
+    meshes_ = [jax.tree.leaves(shardings)[0].mesh for shardings in (here, there)]
+    if not set(meshes_[0].devices.flat) & set(meshes_[1].devices.flat):
+        return _carrier(here, there, *meshes_)
 
     def move(tree: Any) -> Any:
         for shardings in (here, there):
@@ -191,6 +219,27 @@ def mover(here: Any, there: Any) -> Callable[[Any], Any]:
         return tree
 
     return jax.jit(move, out_shardings=there)
+
+
+def _carrier(here: Any, there: Any, source: Mesh, target: Mesh) -> Callable[[Any], Any]:
+    """A `mover` to other devices."""
+    arranged = lambda mesh, like: Mesh(mesh.devices.reshape(-1, *like.devices.shape), ("copies", *AXES))  # noqa: E731
+    on = lambda mesh, shardings: jax.tree.map(lambda s: NamedSharding(mesh, s.spec), shardings)  # noqa: E731
+    if source.size % target.size == 0:
+        source = arranged(source, target)
+        before, after = on(source, there), there
+    else:
+        before, after = here, on(arranged(target, source), here)
+    split_here, split_there = (jax.jit(lambda tree: tree, out_shardings=s) for s in (before, there))
+
+    def carry(tree: Any) -> Any:
+        with use(source):
+            tree = split_here(tree)
+        tree = jax.device_put(tree, after)
+        with use(target):
+            return split_there(tree)
+
+    return carry
 
 
 def _finest(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
@@ -276,8 +325,9 @@ def _specs(state: TrainState, mesh: Any) -> TrainState:
         return next((by_path[end] for end in ends if shapes.get(end) == leaf.shape), PartitionSpec())
 
     specs = jax.tree.map(lambda _: PartitionSpec(), state)
+    pending = jax.tree.map(lambda x: spec_of(("rows",), x.shape, mesh), state.pending)
     opt_state = jax.tree_util.tree_map_with_path(kept, state.opt_state)
-    return specs.replace(params=params, reference=reference, frozen=frozen, opt_state=opt_state)
+    return specs.replace(params=params, reference=reference, frozen=frozen, opt_state=opt_state, pending=pending)
 
 
 def _parameter_specs(params: Params, mesh: Any) -> Params:

@@ -255,6 +255,7 @@ class TrainState:
     controllers  what each controlled knob stands at, by name (mlrl.controllers)
     bad_updates  [] int32   updates in a row that were skipped because loss or gradient was not finite
     frozen       the parameters under adapters, which policy, reference and values share (mlrl.models.lora); () without
+    pending      (Prompts, Rollout) of the next step, where rollouts are a step ahead of updates; else ()
     """
 
     step: Array
@@ -267,6 +268,7 @@ class TrainState:
     controllers: Any
     bad_updates: Array
     frozen: Params = ()
+    pending: Any = ()
 
     def check(self) -> TrainState:
         """Returns itself, or raises Refused naming the field whose shape or dtype is wrong."""

@@ -103,7 +103,12 @@ def meshes_of(experiment: Any) -> tuple[Mesh, Mesh]:
 
 def mesh_fits(experiment: Any) -> None:
     """An axis of the mesh that is there for a part of the model has that part to split."""
-    shards = max(mesh.shape["expert"] for mesh in meshes_of(experiment))
+    mesh, rollout_mesh = meshes_of(experiment)
+    both = set(mesh.devices.flat) | set(rollout_mesh.devices.flat)
+    if len(both) > mesh.size and jax.process_count() > 1:
+        raise Refused(f"rollouts have devices of their own, and the run is in {jax.process_count()} processes, between "
+                      "which weights do not move: set Experiment.rollout_mesh to @meshes.rearranged or @meshes.same")
+    shards = max(mesh.shape["expert"] for mesh in (mesh, rollout_mesh))
     if shards > 1 and not experiment.model.experts:
         raise Refused(f"mesh.expert is {shards}, but the model has no experts: set mesh.expert = 1, or Config.experts")
 

@@ -46,8 +46,10 @@ def the_refill(experiment: Any, rows: int) -> list[str]:
 
 
 def the_dispatch(experiment: Any) -> str:
-    """Steps that are one program, in words; nothing where each is dispatched by itself."""
+    """Steps that are one program, or overlap, in words; nothing where each is dispatched by itself."""
     count = experiment.steps_per_dispatch
+    if experiment.steps_ahead:
+        return "; each step's rows are sampled while the step before learns, by weights one update old"
     return f" {count} times in one program, so that the host hears of every {count} steps at once" if count > 1 else ""
 
 

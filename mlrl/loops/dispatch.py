@@ -51,6 +51,9 @@ def fits(experiment: Any, *, reward_in_graph: bool, one_mesh: bool) -> None:
     if not one_mesh:
         raise Refused(f"Experiment.steps_per_dispatch is {count}, but rollouts are on another mesh than the update, "
                       "so a step is several programs: set it to 1, or rollout_mesh to @meshes.same")  # fmt: skip
+    if experiment.steps_ahead:
+        raise Refused(f"Experiment.steps_per_dispatch is {count}, but rollouts are a step ahead of updates: set it to "
+                      "1, or steps_ahead to 0")  # fmt: skip
     recording = experiment.recording
     numbers = {
         "Experiment.num_steps": experiment.num_steps, "Recording.save_every_steps": recording.save_every_steps,

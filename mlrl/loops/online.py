@@ -26,11 +26,12 @@ from mlrl import (
 from mlrl import prompts as prompts_lib
 from mlrl.batches import unannotated
 from mlrl.controllers import Controlled
+from mlrl.costs.work import of_step
 from mlrl.evaluation import AnyEvaluation, evaluator
-from mlrl.loops import checks, dispatch, refill, stages
+from mlrl.loops import checks, dispatch, pipeline, refill, stages, states
 from mlrl.loops import describe as describe_
 from mlrl.loops.start import Reference, StartFn, own_start, random_parameters
-from mlrl.loops.states import Program, abstract_state, initial_state
+from mlrl.loops.states import Program, initial_state
 from mlrl.models import lora
 from mlrl.models.transformer import Config, Transformer
 from mlrl.monitoring import reference_metrics, step_metrics, value_metrics
@@ -57,6 +58,8 @@ from mlrl.types import (
 )
 from mlrl.updates import update
 
+StepFn = Callable[[TrainState, Prompts], tuple[TrainState, Metrics, Batch]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
@@ -82,6 +85,8 @@ class Experiment:
     forward         how the learner reads rows: each prompt once for its whole group, or every row whole
     optimizer       an optax transformation
     curriculum      sampling weights over the task's sources
+    prompts_fn      (prompts as drawn, the reward's state, task) -> prompts of the same shapes: for tasks that a reward
+                    remembers, such as those that the policy proposed
     refill_fn       Batch -> rows worth learning from; prompts none of whose rows are make room for new prompts,
     max_attempts    until the step has had so many draws of `prompts_per_step` prompts; 1: no refill
     reference       the frozen model that losses read as reference_log_probs; a teacher is one
@@ -90,6 +95,8 @@ class Experiment:
     evaluations     what to measure on held-out prompts
     mesh            the devices, as a function, so that an experiment can be read without touching them
     rollout_mesh    mesh -> the same devices as rollouts split things over them, such as meshes.rearranged
+    steps_ahead     0, or 1: a step's rows are sampled while the step before learns, by weights one update old; see
+                    loops.pipeline
     steps_per_dispatch  K whole steps in one program, with task and reward in the graph; saving and evaluating, as all
                     that is done every so many steps, come between
     """
@@ -109,6 +116,7 @@ class Experiment:
     old_log_probs: Callable[..., Array] = scoring.sampler_log_probs
     optimizer: optax.GradientTransformation = optimizers.adamw()
     curriculum: CurriculumFn = curricula.fixed()
+    prompts_fn: Callable[[Prompts, Any, Task], Prompts] = prompts_lib.as_drawn
     refill_fn: SelectFn = selection.keep_all
     max_attempts: int = 1
     minibatches: int = 1
@@ -124,6 +132,7 @@ class Experiment:
     evaluations: tuple[AnyEvaluation, ...] = ()
     mesh: Callable[[], jax.sharding.Mesh] = meshes.mesh
     rollout_mesh: Callable[[jax.sharding.Mesh], jax.sharding.Mesh] = meshes.same
+    steps_ahead: int = 0
     steps_per_dispatch: int = 1
     recording: runs.Recording = runs.Recording()
     seed: int = 0
@@ -149,14 +158,15 @@ def train(experiment: Experiment, run: runs.Run) -> TrainState:
     """Runs `experiment` in the folder of `run`, from its last checkpoint if it holds one. Returns the last state."""
     parts = prepare(experiment)
     with meshes.use(experiment.mesh()) as mesh:
-        state = run.restore_or(abstract_state(parts), lambda: initial_state(parts), mesh)
+        compiled, next_prompts = jitted(parts), prompt_source(parts)
+        take_step, first = step_function(parts, run, compiled), functools.partial(first_state, parts, compiled)
+        state = run.restore_or(abstract_state(parts), first, mesh)
         evaluate = evaluator(experiment.evaluations, parts.model, experiment.rollout_fn, parts.reference_model)
-        next_prompts, take_step = prompt_source(parts), step_function(parts, run)
         each = experiment.steps_per_dispatch
         dispatch.can_start(int(state.step), each)
-        run.begin(experiment.task, experiment.num_steps, evaluate, state)
+        run.begin(experiment.task, experiment.num_steps, evaluate, state, lambda: of_step(parts, programs(parts)))
         for step in range(int(state.step), experiment.num_steps, each):
-            prompts = next_prompts(state, step)
+            prompts = next_prompts(state, step + experiment.steps_ahead)
             state, metrics, batch = take_step(state, prompts)
             run.record(state, step + each, metrics, batch)
     return state
@@ -189,6 +199,7 @@ def prepare(experiment: Experiment) -> Parts:
     checks.sampling_fits(experiment.sampling, experiment.old_log_probs, reads)
     checks.buckets_cover(experiment.length_buckets, rollout.tokens.shape[1] - prompts.tokens.shape[1])
     checks.refill_fits(experiment, parts.reward.in_graph)
+    pipeline.fits(experiment)
     dispatch.fits(experiment, reward_in_graph=parts.reward.in_graph, one_mesh=stages.one_mesh(parts))
     state = abstract_state(parts)
     checks.evaluations_sample(experiment, model, lora.policy(state), by_step=True)
@@ -196,8 +207,22 @@ def prepare(experiment: Experiment) -> Parts:
     return parts
 
 
+def abstract_state(parts: Parts) -> TrainState:
+    """Shapes and dtypes of the state between two steps, without computing any of it."""
+    return pipeline.abstract(parts, states.abstract_state(parts))
+
+
+def first_state(parts: Parts, compiled: dict[str, Callable]) -> TrainState:
+    """The state before the first step, with the rows of that step if rollouts are ahead of updates."""
+    state = initial_state(parts)
+    if not parts.experiment.steps_ahead:
+        return state
+    return pipeline.with_rows(state, prompt_source(parts)(state, 0), compiled["rollout"])
+
+
 def prompt_source(parts: Parts) -> Callable[..., Prompts]:
-    """(state, step, attempt = 0) -> prompts, a pure function of the run's key, the numbers and the curriculum's state.
+    """(state, step, attempt = 0) -> prompts, a pure function of the run's key, the numbers, and the states of the
+    curriculum and of the reward.
     """
     experiment = parts.experiment
 
@@ -208,17 +233,24 @@ def prompt_source(parts: Parts) -> Callable[..., Prompts]:
     if experiment.task.in_graph:
         draw = jax.jit(draw)
     most = experiment.max_attempts
-    drawn = lambda state, step, attempt=0: draw(state.key, step * most + attempt, state.curriculum).check()  # noqa: E731
+
+    def drawn(state: TrainState, step: Array | int, attempt: Array | int = 0) -> Prompts:
+        prompts = draw(state.key, step * most + attempt, state.curriculum)
+        return experiment.prompts_fn(prompts, state.reward, experiment.task).check()
+
     return drawn if experiment.task.in_graph else lambda *which: meshes.rows_from_host(drawn(*which))
 
 
-def step_function(parts: Parts, run: runs.Run) -> Callable[[TrainState, Prompts], tuple[TrainState, Metrics, Batch]]:
-    """The step: one program where the reward is in the graph and rollouts are on the mesh of the update, else several.
+def step_function(parts: Parts, run: runs.Run, compiled: dict[str, Callable]) -> StepFn:
+    """The step: one program where nothing of it is on the host, on another mesh or of another step; else several.
 
-    Of `steps_per_dispatch` steps the prompts are the first's, and metrics are of each. See `dispatch.dispatched`.
+    Of `steps_per_dispatch` steps the prompts are the first's, and metrics are of each; see `dispatch.dispatched`. Where
+    rollouts are ahead, the prompts are the next step's; see `pipeline`.
+
+    Args:
+      compiled: the programs of `jitted`.
     """
-    compiled, next_prompts = jitted(parts), prompt_source(parts)
-    sample = compiled["rollout"]
+    next_prompts, sample = prompt_source(parts), compiled["rollout"]
     if "step" in compiled:
 
         def one_program(state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics, Batch]:
@@ -230,6 +262,14 @@ def step_function(parts: Parts, run: runs.Run) -> Callable[[TrainState, Prompts]
     judge = functools.partial(stages.reward_rows, parts)
     judge = jax.jit(judge) if parts.reward.in_graph else judge
 
+    def rewarded(state: TrainState, prompts: Prompts, rollout: Rollout) -> tuple[Rewards, Any]:
+        given = (rollout, prompts) if parts.reward.in_graph else processes.on_host((rollout, prompts))
+        rewards, reward_state = judge(state, *given)
+        return meshes.rows_from_host(rewards), reward_state
+
+    if parts.experiment.steps_ahead:
+        return pipeline.step_function(parts, run, sample, rewarded, compiled["update"])
+
     def step(state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics, Batch]:
         def attempt(number: int, reward_state: Any) -> tuple[Prompts, Rollout, Rewards, Any]:
             drawn = next_prompts(state, int(state.step), number) if number else prompts
@@ -237,9 +277,8 @@ def step_function(parts: Parts, run: runs.Run) -> Callable[[TrainState, Prompts]
                 as_in_one = parts.reward.in_graph and number == 0  # the same randomness as in one program
                 rollout = jax.block_until_ready(sample(state, drawn, *(() if as_in_one else (number,))))
             with run.phase("reward"):
-                given = (rollout, drawn) if parts.reward.in_graph else processes.on_host((rollout, drawn))
-                rewards, reward_state = judge(state.replace(reward=reward_state), *given)
-            return drawn, rollout, meshes.rows_from_host(rewards), reward_state
+                rewards, reward_state = rewarded(state.replace(reward=reward_state), drawn, rollout)
+            return drawn, rollout, rewards, reward_state
 
         rows, reward_state, counts = refill.on_host(parts, attempt, state.reward)
         with run.phase("update"):
@@ -251,8 +290,8 @@ def step_function(parts: Parts, run: runs.Run) -> Callable[[TrainState, Prompts]
 
 def jitted(parts: Parts) -> dict[str, Callable]:
     """What the loop compiles: the rollout, and the whole step or, where that is not one program, the update."""
-    sample = stages.sampler(parts, sample_rows)
-    if parts.reward.in_graph and stages.one_mesh(parts):
+    sample = stages.sampler(parts, pipeline.sample_next if parts.experiment.steps_ahead else sample_rows)
+    if stages.one_program(parts):
         return {"rollout": sample, "step": jax.jit(whole_program(parts), donate_argnums=0)}
     return {"rollout": sample, "update": jax.jit(functools.partial(learn, parts), donate_argnums=0)}
 
@@ -265,7 +304,7 @@ def programs(parts: Parts) -> dict[str, Program]:
     """
     parts = dataclasses.replace(parts, experiment=dataclasses.replace(parts.experiment, steps_per_dispatch=1))
     prompts, rollout, rewards = stages.abstract_rows(parts)
-    state, mesh = abstract_state(parts), parts.experiment.mesh()
+    state, mesh = states.abstract_state(parts), parts.experiment.mesh()
     given = {"step": (state, prompts), "update": (state, prompts, rollout, rewards)}
     learned = {name: Program(f, given[name], mesh) for name, f in jitted(parts).items() if name in given}
     return {"rollout": stages.sampling(parts, sample_rows, state, prompts), **learned}
@@ -341,8 +380,7 @@ def describe(parts: Parts) -> str:
     state = abstract_state(parts)
     n, g = experiment.prompts_per_step, experiment.group_size
     (rows, columns), width = rollout.tokens.shape, prompts.tokens.shape[1]
-    one_program = parts.reward.in_graph and stages.one_mesh(parts)
-    programs = "the whole step" if one_program else "the rollout, and the update after the rewards"
+    programs = "the whole step" if stages.one_program(parts) else "the rollout, and the update after the rewards"
     programs += describe_.the_dispatch(experiment)
     reads = sorted(name for name in parts.reads if name in ("Batch.values", "Batch.reference_log_probs"))
     return describe_.table({

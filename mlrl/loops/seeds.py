@@ -30,6 +30,8 @@ def fits(parts: Any, count: int) -> None:
         alone = f"the {'reward' if experiment.task.in_graph else 'task'} is on the host"
     elif not stages.one_mesh(parts):
         alone = "rollouts are on another mesh than the update"
+    elif experiment.steps_ahead:
+        alone = "rollouts are a step ahead of updates"
     elif jax.process_count() > 1:
         alone = f"the run is in {jax.process_count()} processes"
     if alone:

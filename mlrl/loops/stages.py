@@ -94,6 +94,11 @@ def sampling(parts: Any, sample: Callable[..., Rollout], state: TrainState, *row
     return Program(program, (acting(parts, state), *rows), there, beside=state)
 
 
+def one_program(parts: Any) -> bool:
+    """Whether a whole step is one program: nothing of it is on the host, or on another mesh, or of another step."""
+    return parts.reward.in_graph and one_mesh(parts) and not parts.experiment.steps_ahead
+
+
 def one_mesh(parts: Parts) -> bool:
     """Whether rollouts are on the mesh of the update."""
     here, there = checks.meshes_of(parts.experiment)

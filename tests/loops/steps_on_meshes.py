@@ -74,7 +74,8 @@ def steps(name, folder):
         state, sampled = online.initial_state(parts), []
         wanted = meshes.state_shardings(online.abstract_state(parts), mesh)
         whole = jax.jit(functools.partial(online.whole_step, parts), donate_argnums=0)
-        step = online.step_function(parts, runs.Run(folder, parts.experiment.recording)) if name in ROLLOUTS else whole
+        run = runs.Run(folder, parts.experiment.recording)
+        step = online.step_function(parts, run, online.jitted(parts)) if name in ROLLOUTS else whole
         draw = online.prompt_source(parts)
         for number in range(STEPS):
             assert jax.tree.map(lambda x: x.sharding, state) == wanted, f"{name}: step {number} moved the state"
