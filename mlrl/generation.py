@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from mlrl.models.attention import Cache
 from mlrl.models.transformer import Transformer, widen_caches
 from mlrl.sampling import Sampling, draw_tokens, top_k_filter, top_p_filter
 from mlrl.scoring import log_distribution, prefill
-from mlrl.types import Array, Params, Prompts, Rollout, require_whole
+from mlrl.types import Array, Params, Prompts, Refused, Rollout, require_whole
 
 
 def generate(
@@ -28,6 +29,7 @@ def generate(
     group_size: int = 1,
     sampling: Sampling = Sampling(),
     policy_version: Array | int = 0,
+    grow_at: tuple[int, ...] = (),
 ) -> Rollout:
     """Samples `group_size` completions of every prompt.
 
@@ -42,21 +44,34 @@ def generate(
       max_completion_tokens: T, the columns reserved for completions.
       eos_ids: any of these ends a row; the EOS itself is an action.
       sampling: at temperature 0.0 (greedy) the recorded log-probs are those of temperature 1.
+      grow_at: the caches are made for so many tokens of completions at first, and longer whenever they are full: for as
+        many as the next number, and at last for T. Attention reads caches whole, so shorter ones are faster; each
+        length is a program of its own, and growing copies. Ascending, numbers of T or more are left out. (): T at once.
     Returns: Rollout with B = N * group_size rows, the groups in order, and L = P + T columns.
     """
     require_whole("generate", "max_completion_tokens", max_completion_tokens, 1)
+    grow_at = _below(grow_at, max_completion_tokens)
     n, width = prompts.tokens.shape
     rows, steps = jnp.arange(n * group_size), max_completion_tokens
     choose = chooser(model, params, key, sampling, eos_ids)
     last, caches = prefill(model, params, prompts)
-    caches = widen_caches(caches, group_size, steps)
+    caches = widen_caches(caches, group_size, (*grow_at, steps)[0])
     last, prompt_valid = (jnp.repeat(x, group_size, axis=0) for x in (last, prompts.valid))
     wrote = decode(
         model, params, choose, last, caches, seen=jnp.pad(prompt_valid, ((0, 0), (0, steps))), column=width,
         lengths=jnp.sum(prompt_valid, axis=1, dtype=jnp.int32), rows=rows, steps=steps, pad_id=pad_id,
+        grow_at=grow_at,
     )  # fmt: skip
     return as_rollout(prompts, wrote.tokens, wrote.log_probs, wrote.lengths, ended=wrote.ended,
                       policy_version=policy_version)  # fmt: skip
+
+
+def _below(grow_at: Sequence[int], steps: int) -> tuple[int, ...]:
+    if not isinstance(grow_at, tuple | list) or list(grow_at) != sorted(set(grow_at)):
+        raise Refused(f"generate.grow_at must be ascending numbers of tokens, as (64, 256), got {grow_at!r}")
+    for tokens in grow_at:
+        require_whole("generate", "grow_at", tokens, 1)
+    return tuple(tokens for tokens in grow_at if tokens < steps)
 
 
 class Written(NamedTuple):
@@ -77,8 +92,10 @@ class Written(NamedTuple):
 
 def decode(model: Transformer, params: Params, choose: Callable[..., tuple[Array, Array, Array]], hidden: Array,
            caches: tuple[Cache, ...], *, seen: Array, column: Array | int, lengths: Array, rows: Array, steps: int,
-           pad_id: int, first_step: Array | int = 0, silent: Array | bool = False) -> Written:  # fmt: skip
-    """Rows write until each has emitted an EOS or `steps` tokens: one `while_loop` over columns.
+           pad_id: int, first_step: Array | int = 0, silent: Array | bool = False,
+           grow_at: Sequence[int] = ()) -> Written:  # fmt: skip
+    """Rows write until each has emitted an EOS or `steps` tokens: one `while_loop` over columns, or one for each length
+    of the caches.
 
     Args:
       choose: from `chooser`.
@@ -90,8 +107,9 @@ def decode(model: Transformer, params: Params, choose: Callable[..., tuple[Array
       rows, first_step: which rows these are, and at which of their steps: what their randomness depends on.
       steps: T, the most that is written.
       silent: [B] bool, rows that write nothing.
+      grow_at: the tokens at which the caches, made for the first of these numbers, become longer; see `generate`.
     """
-    first, columns = jnp.int32(first_step), jnp.arange(seen.shape[1])
+    first = jnp.int32(first_step)
     silent = jnp.broadcast_to(silent, rows.shape)
     write = lambda buffer, x, t: lax.dynamic_update_slice(buffer, x[:, None], (0, t))  # noqa: E731
     token, log_prob, ended = choose(hidden, rows, first)
@@ -99,12 +117,13 @@ def decode(model: Transformer, params: Params, choose: Callable[..., tuple[Array
     tokens = write(jnp.full((rows.size, steps), pad_id, jnp.int32), token, 0)
     log_probs = write(jnp.zeros((rows.size, steps), jnp.float32), jnp.where(silent, 0.0, log_prob), 0)
 
-    def unfinished(carry):
+    def unfinished(until, carry):
         t, done = carry[0], carry[-1]
-        return (t < steps) & ~jnp.all(done)
+        return (t < until) & ~jnp.all(done)
 
-    def step(carry):
+    def step(seen, carry):
         t, caches, token, tokens, log_probs, written, done = carry
+        columns = jnp.arange(seen.shape[1])
         looked_at = seen | ((columns >= column) & (columns < column + t))
         args = (token[:, None], (lengths + t - 1)[:, None], looked_at[:, None], caches, column + t - 1)
         hidden, caches = model.apply({"params": params}, *args)
@@ -114,8 +133,13 @@ def decode(model: Transformer, params: Params, choose: Callable[..., tuple[Array
         log_probs = write(log_probs, jnp.where(done, 0.0, log_prob), t)
         return t + 1, caches, token, tokens, log_probs, written + ~done, done | ended
 
-    start = (jnp.int32(1), caches, token, tokens, log_probs, (~silent).astype(jnp.int32), done)
-    _, caches, _, tokens, log_probs, written, done = lax.while_loop(unfinished, step, start)
+    carry = (jnp.int32(1), caches, token, tokens, log_probs, (~silent).astype(jnp.int32), done)
+    for until, following in zip((*grow_at, steps), (*grow_at[1:], steps, steps)):
+        look = seen[:, : seen.shape[1] - (steps - until)]
+        carry = lax.while_loop(functools.partial(unfinished, until), functools.partial(step, look), carry)
+        if following > until:
+            carry = (carry[0], widen_caches(carry[1], 1, following - until), *carry[2:])
+    _, caches, _, tokens, log_probs, written, done = carry
     return Written(tokens, log_probs, written, done & ~silent, caches)
 
 

@@ -60,6 +60,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     train.add_argument("--report", action="store_true", help="write report.html at the end and print a summary")
     train.add_argument("--seeds", type=int, default=0, metavar="S",
                        help="train S seeds together, from SEED on, in folders RUN_DIR/seed_<n>")  # fmt: skip
+    train.add_argument("--profile_steps", default="", metavar="FIRST:LAST",
+                       help="trace these steps, as 20:22, into RUN_DIR/profile")  # fmt: skip
     check = add("check", _check, "Say in words what an experiment would do, without compiling anything.")
     check.add_argument("experiment", help="a gin file")
     compile_ = add("compile", _compile, "Compile an experiment's own programs for TPUs that are not there: what fits.")
@@ -98,12 +100,16 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     processes.join()
     folder = arguments.run_dir or f"runs/{pathlib.Path(arguments.experiment).stem}"
     experiment, config = load(arguments.experiment, overrides)
-    from mlrl import folders, runs
+    from mlrl import folders, profiling, runs
     from mlrl.loops import checks
+    from mlrl.types import Refused
 
+    profile = profiling.Steps.parse(arguments.profile_steps) if arguments.profile_steps else profiling.Steps()
     loop, parts = _prepared(experiment)
     if hasattr(parts, "reward"):
         checks.rewards_are_finite(parts.reward, experiment.task)
+    if arguments.seeds and arguments.profile_steps:
+        raise Refused("--profile_steps traces one run: leave out --seeds")
     if arguments.seeds:
         _train_seeds(arguments, overrides, folder, parts)
         return
@@ -113,7 +119,7 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
         pathlib.Path(folder, "operative_config.gin").write_text(_operative_config())
 
     processes.by_first(claim)
-    with runs.Run(folder, experiment.recording) as run:
+    with runs.Run(folder, experiment.recording, profile=profile) as run:
         loop.train(experiment, run)
     if arguments.report and processes.is_first():
         from mlrl import report

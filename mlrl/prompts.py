@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +85,12 @@ def as_rows(task: Task, prompts: Prompts, completions: Array, valid: Array, grou
 def repeat(prompts: Prompts, group_size: int) -> Prompts:
     """One prompt per rollout row: [N] -> [B], B = N * group_size, the rows of prompt 0 first."""
     return jax.tree.map(lambda x: x.repeat(group_size, axis=0), prompts)
+
+
+def as_drawn(prompts: Prompts, reward_state: Any, task: Task) -> Prompts:
+    """The prompts as they are: the identity of Experiment.prompts_fn."""
+    del reward_state, task
+    return prompts
 
 
 def first(task: Task, count: int) -> Prompts:

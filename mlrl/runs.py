@@ -15,7 +15,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mlrl import checkpoints, folders, meshes, monitoring, processes, writers
+from mlrl import checkpoints, folders, meshes, monitoring, processes, profiling, writers
+from mlrl.costs.work import Cost
 from mlrl.evaluation import Evaluator, Results, evaluator
 from mlrl.models import lora
 from mlrl.types import Batch, Metrics, Refused, Task, TrainState, require_whole
@@ -32,6 +33,7 @@ class Recording:
     max_bad_updates       updates in a row that may be skipped because they were not finite
     max_unscored_share    the share of a step's rows that may go without a reward
     wandb                 also log to Weights & Biases
+    count_flops           log a step's FLOP/s even where the devices' peak is not known; it traces the step once more
     """
 
     save_every_steps: int = 50
@@ -44,6 +46,7 @@ class Recording:
     max_bad_updates: int = 5
     max_unscored_share: float = 0.5
     wandb: bool = False
+    count_flops: bool = False
 
     def __post_init__(self):
         for name in ("save_every_steps", "keep_best", "samples_every_steps", "samples_rows", "phases_every_steps"):
@@ -69,7 +72,8 @@ class Run:
     """
 
     def __init__(self, folder: str | pathlib.Path, recording: Recording, *, title: str = "train",
-                 now: Callable[[], float] = time.perf_counter):  # fmt: skip
+                 now: Callable[[], float] = time.perf_counter,
+                 profile: profiling.Steps = profiling.Steps()):  # fmt: skip
         self.folder = pathlib.Path(folder)
         self.recording = recording
         self._title, self._now = title, now
@@ -84,9 +88,14 @@ class Run:
         self._steps, self._rehearsal_compiled = 0, False
         self._state: TrainState | None = None
         self._closers, self._preemption = contextlib.ExitStack(), processes.Preemption()
+        self._compiled = profiling.CompileLog(self.folder / "compilations.jsonl")
+        self._trace, self._cost = profiling.Trace(self.folder / "profile", profile), None
 
     def __enter__(self) -> Run:
         self._closers.enter_context(self._preemption)
+        if processes.is_first():
+            self._closers.enter_context(self._compiled.opened())
+        self._closers.callback(self._trace.close)
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
@@ -106,9 +115,12 @@ class Run:
             return jax.device_put(make(), shardings)
         return checkpoints.restore(self._checkpoints, _placed(abstract, shardings)).check()
 
-    def begin(self, task: Task, num_steps: int, evaluate: Evaluator, state: TrainState) -> Results:
+    def begin(self, task: Task, num_steps: int, evaluate: Evaluator, state: TrainState,
+              cost: Callable[[], Cost | None] = lambda: None) -> Results:  # fmt: skip
         """Opens the logs at the state's step; before the first step, evaluates and saves.
 
+        Args:
+          cost: what a step asks of the devices; called only where it is looked at.
         Returns: the evaluations of the state, those in results.json if the run resumes; {} if there are none.
         """
         self._task, self._num_steps, self._evaluate = task, num_steps, evaluate
@@ -122,6 +134,10 @@ class Run:
             results = self._evaluated(state, 0)
             self._writers.write(0, _flat(results))
             self.save(state, results)
+        if self.recording.count_flops or profiling.peak():
+            self._cost = cost()
+        self._compiled.step = step
+        self._trace.after(step)
         self._clock = self._now()
         return results
 
@@ -167,6 +183,7 @@ class Run:
         counted = {"seconds/step": seconds, "compilations": monitoring.compilations()}
         for line in lines:
             line |= counted | {"tokens_per_second": line["tokens"] / seconds}
+            line |= profiling.shares(self._cost, line, seconds, profiling.peak(), jax.device_count())
         lines[-1] |= self._timed_phases(seconds, lines[-1]["tokens"])
         results = self._evaluated(state, step)
         lines[-1] |= _flat(results)
@@ -184,6 +201,8 @@ class Run:
         if step < self._num_steps and self._preemption.came(step // len(lines)):
             raise Preempted(f"told to end after step {step}, which is saved in {self.folder}: the same command goes on "
                             "from there")  # fmt: skip
+        self._compiled.after(step)
+        self._trace.after(step)
         self._clock = self._now()
         return results
 

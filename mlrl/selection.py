@@ -53,6 +53,11 @@ def at_most(batch: Batch, *, limit_tokens: int) -> Array:
     return batch.rewards.scored & (batch.rollout.action_mask.sum(axis=1) <= limit_tokens)
 
 
+def keep_roles(batch: Batch, *, roles: Sequence[int] = (0,)) -> Array:
+    """Scored rows of any of some roles."""
+    return batch.rewards.scored & jnp.isin(batch.rollout.role, jnp.asarray(tuple(roles)))
+
+
 def keep_role(batch: Batch, *, role: int = 0) -> Array:
     """Scored rows of one role: leaves out ReMax's greedy rows, a frozen opponent's, a judge's."""
     return batch.rewards.scored & (batch.rollout.role == role)

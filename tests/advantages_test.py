@@ -65,6 +65,7 @@ FUNCTIONS = {
     "gdpo": with_(advantages.gdpo, weights={"right": 1.0, "short": 0.5}),
     "remax": advantages.remax,
     "role_relative": advantages.role_relative,
+    "task_relative": advantages.task_relative,
     "reinforce": with_(advantages.reinforce, discount=0.9),
     "reinforce_pp": with_(advantages.reinforce_pp, discount=0.9),
     "reinforce_pp_baseline": advantages.reinforce_pp_baseline,
@@ -152,6 +153,15 @@ def test_role_relative_standardizes_by_role():
     batch = build([[1]] * 4, [1, 10, 3, 30], group=[0, 0, 2, 2], role=[0, 7, 0, 7])
     expected = np.array([-1, -1, 1, 1]) / np.sqrt(2)
     np.testing.assert_allclose(advantages.role_relative(batch)[0][:, 0], expected, rtol=1e-5)
+
+
+def test_task_relative_whitens_each_role_over_its_tokens():
+    """Role 3: three actions of score 1 and one of score 5, mean 2 and variance 3. Role 0 has one score only."""
+    mask = [[1, 1, 1], [0, 0, 1], [1, 1, 0], [0, 1, 0], [1, 1, 1]]
+    batch = build(mask, [1, 5, 7, 7, 99], group=[0, 0, 2, 3, 4], role=[3, 3, 0, 0, 3], scored=[True] * 4 + [False])
+    found, _ = advantages.task_relative(batch)
+    expected = np.array([-1 / np.sqrt(3), 3 / np.sqrt(3), 0, 0, 0])
+    np.testing.assert_allclose(found, np.where(batch.mask, expected[:, None], 0.0), rtol=1e-5)
 
 
 def test_role_conditioned_baselines_remember():

@@ -52,6 +52,12 @@ def test_a_reward_takes_twelve_lines():
     assert FILES["my_rewards.py"].count("\n") <= 12
 
 
+def test_the_page_of_the_sandbox_says_what_came_out(folder):
+    module = {}
+    exec(FILES["my_sandbox.py"], module)
+    assert module["tried"]() == [("raised", [0.5, None]), ("timeout", [])]
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_can_be_prepared_and_uses_all_that_it_binds(name, folder):
     experiment, _ = main.load(name)
@@ -80,7 +86,8 @@ def test_the_readme_s_command_trains(folder, capsys):
     table = re.search(r"^\| file \| .*?\n\n", TEXTS["docs/run_folder.md"], re.M | re.S).group()
     told = set(re.findall(r"^\| `([\w.]+)/?`", table, re.M))
     there = {path.name for path in run.iterdir() if not path.name.startswith(".")}
-    assert told - {"results.json"} == there - {"results.json"}  # there is none without an evaluation
+    unasked = {"results.json", "profile"}  # there are none without an evaluation, and without --profile_steps
+    assert told - unasked == there - unasked
 
 
 def test_links_and_named_files_exist():

@@ -11,7 +11,7 @@ from mlrl.generation import generate
 from mlrl.models.transformer import Config, Transformer, initialize
 from mlrl.sampling import GREEDY, Sampling, top_k_filter, top_p_filter
 from mlrl.scoring import score
-from mlrl.types import Prompts
+from mlrl.types import Prompts, Refused
 
 V, N, P, T = 23, 6, 7, 9
 MODEL = Transformer(Config(vocabulary_size=V, width=32, layers=2, heads=4, kv_heads=2, head_width=8, mlp_width=48))
@@ -154,3 +154,27 @@ def test_bfloat16_keeps_fp32_log_probs():
     assert scores.log_probs.dtype == jnp.float32
     gap = jnp.abs(scores.log_probs - rollout.behavior_log_probs)[rollout.action_mask]
     assert largest_gap(rollout) < float(jnp.max(gap)) < 1.0
+
+
+@pytest.mark.parametrize("grow_at", [(1,), (3, 4, 100), (T,)])
+def test_caches_that_grow_change_nothing(grow_at):
+    wanted = sample(group_size=2, eos_ids=(V + 1,))
+    found = sample(group_size=2, eos_ids=(V + 1,), grow_at=grow_at)
+    np.testing.assert_array_equal(found.tokens, wanted.tokens)
+    np.testing.assert_allclose(found.behavior_log_probs, wanted.behavior_log_probs, atol=1e-5)
+    ended = sample(group_size=2, grow_at=grow_at)
+    np.testing.assert_array_equal(ended.tokens, sample(group_size=2).tokens)
+
+
+def test_caches_are_no_longer_than_what_was_written_needs():
+    run = functools.partial(generate, MODEL, max_completion_tokens=T, eos_ids=(5,), pad_id=0, grow_at=(2, 4))
+    text = jax.jit(run).lower(params(), some_prompts(), jax.random.key(0)).as_text()
+    c = MODEL.config
+    for columns in (P + 2, P + 4, P + T):
+        assert f"tensor<{N}x{c.kv_heads}x{c.head_width}x{columns}xf32>" in text
+
+
+@pytest.mark.parametrize("grow_at", [(4, 2), (0, 3), 5])
+def test_lengths_that_caches_cannot_grow_by_are_refused(grow_at):
+    with pytest.raises(Refused, match="grow_at"):
+        sample(grow_at=grow_at)

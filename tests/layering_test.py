@@ -12,15 +12,15 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "mlrl"
 # A new file is added to the highest block that is below everything it imports.
 BLOCKS = (
     ("the surface", "__init__"),
-    ("types", "types processes"),
+    ("types", "types processes sandbox"),
     ("arithmetic", "reductions divergences controllers importance groups returns advantages selection metrics "
                    "monitoring batches correction losses"),
     ("data", "tokenizer_files vocabularies tasks prompts stored transcripts curricula data"),
-    ("models", "axes meshes models scoring"),
+    ("models", "axes meshes models scoring packing"),
     ("rollout", "sampling generation refilled rollouts environments"),
     ("rewards", "rewards"),
-    ("learning", "optimizers updates"),
-    ("IO", "folders checkpoints writers evaluation evaluation_stored evaluation_attempts report runs export"),
+    ("learning", "optimizers updates costs"),
+    ("IO", "folders checkpoints profiling writers evaluation evaluation_stored evaluation_attempts report runs export"),
     ("loops", "loops"),
     ("pods", "pods"),
     ("the door", "main __main__"),

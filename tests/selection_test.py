@@ -26,6 +26,7 @@ CASES = {
     "not_truncated": (selection.not_truncated, [1, 0, 1, 1, 1, 0]),
     "at_most": (with_(selection.at_most, limit_tokens=1), [0, 1, 0, 0, 1, 0]),
     "keep_role": (with_(selection.keep_role, role=1), [0, 0, 1, 0, 0, 0]),
+    "keep_roles": (with_(selection.keep_roles, roles=(1, 2)), [0, 0, 1, 0, 0, 0]),
     "keep_correct": (selection.keep_correct, [0, 1, 1, 1, 1, 0]),
     "best_of_n": (selection.best_of_n, [0, 1, 0, 1, 0, 0]),
     "best_two": (with_(selection.best_of_n, keep=2), [0, 1, 1, 1, 1, 0]),

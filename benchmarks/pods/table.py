@@ -4,8 +4,9 @@
     python -m benchmarks.pods.table --minutes 40        the same, but begins nothing after so many minutes
     python -m benchmarks.pods.table --only "qwen3_8b v5e"   only cells whose names begin so
 
-Each cell takes two to ten minutes of a core. Every chip learns from a row at a time; rollouts split each layer over
-`tensor` chips. A cell that the compiler was ended on, or refused, stays in the table with what was said.
+Each cell takes up to five minutes of a core. Every chip learns from a row at a time, or from a part of one where
+`sequence` chips share a row; rollouts split each layer over `tensor` chips. A cell that the compiler was ended on, or
+refused, stays in the table with what was said.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import time
 from typing import Any, NamedTuple
 
 from benchmarks.pods import libtpu
-from mlrl.pods.chips import chip_of
+from mlrl.costs.chips import chip_of
 from mlrl.pods.command import in_bytes, in_seconds
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -30,29 +31,49 @@ NAMES = {"qwen3_06b": "Qwen3-0.6B", "qwen3_8b": "Qwen3-8B", "qwen3_32b": "Qwen3-
 
 
 class Cell(NamedTuple):
-    """A model of gin/models on a slice; how many chips split a layer in rollouts."""
+    """A model of gin/models on a slice; how many chips split a layer in rollouts, and a row in the update.
+
+    prompts_each   prompts of a step, 8 rows each, for each chip
+    """
 
     model: str
     topology: str
     chips: int
     tensor: int
+    prompts_each: float = 2
+    sequence: int = 1
 
     @property
     def prompts(self) -> int:
-        """Prompts of a step, 8 rows each: two a chip."""
-        return 2 * self.chips
+        return int(self.prompts_each * self.chips)
+
+    @property
+    def gin(self) -> str:
+        """The experiment, beside the model."""
+        lines = [f"PROMPTS = {self.prompts}", f"MICRO_BATCH = {self.chips // self.sequence}",
+                 f"ROLLOUT_TENSOR = {self.tensor}"]  # fmt: skip
+        if self.sequence == 1:
+            return "\n".join(["include 'benchmarks/pods/grpo.gin'", *lines])
+        return "\n".join(["include 'benchmarks/pods/long.gin'", *lines, f"SEQUENCE = {self.sequence}"])
+
+    @property
+    def tokens(self) -> int:
+        """Of a row."""
+        return 2048 if self.sequence == 1 else 32768
 
     def __str__(self) -> str:
-        return f"{self.model} {self.topology}"
+        return f"{self.model} {self.topology}" + (f" {self.tokens}" if self.sequence > 1 else "")
 
 
 CELLS = (
     Cell("qwen3_06b", "v5e:2x2", 4, 1), Cell("qwen3_8b", "v5e:4x4", 16, 8), Cell("qwen3_06b", "v6e:2x2", 4, 1),
     Cell("qwen3_8b", "v6e:4x4", 16, 8), Cell("qwen3_8b", "v5e:8x8", 64, 8), Cell("qwen3_32b", "v6e:8x8", 64, 8),
-    Cell("qwen3_32b", "v5e:8x16", 128, 8), Cell("llama3_70b", "v6e:16x16", 256, 8),
+    Cell("qwen3_32b", "v5e:8x16", 128, 8, 1), Cell("llama3_70b", "v6e:16x16", 256, 8, 1),
     Cell("qwen3_06b", "v5p:2x2x1", 4, 1), Cell("qwen3_8b", "v5p:2x2x4", 16, 4), Cell("qwen3_32b", "v5p:4x4x4", 64, 8),
     Cell("llama3_70b", "v5p:4x4x8", 128, 8), Cell("qwen3_06b", "v5e:4x4", 16, 1),
     Cell("qwen3_8b", "v6e:16x16", 256, 8), Cell("llama3_70b", "v5p:8x8x16", 1024, 8),
+    Cell("qwen3_06b", "v5e:4x4", 16, 8, 1 / 4, 4), Cell("qwen3_8b", "v5p:2x2x4", 16, 8, 1, 4),
+    Cell("qwen3_8b", "v6e:8x8", 64, 8, 1 / 4, 8),
 )  # fmt: skip
 
 
@@ -62,21 +83,23 @@ def compiled(cell: Cell, seconds: float) -> dict[str, Any]:
         path = pathlib.Path(folder, "cell.gin")
         path.write_text(
             "from __gin__ import dynamic_registration\n"
-            f"include 'gin/models/{cell.model}.gin'\ninclude 'benchmarks/pods/grpo.gin'\n"
-            f"PROMPTS = {cell.prompts}\nMICRO_BATCH = {cell.chips}\nROLLOUT_TENSOR = {cell.tensor}\n"
+            f"include 'gin/models/{cell.model}.gin'\n{cell.gin}\n"
         )
         command = [sys.executable, "-m", "mlrl", "compile", str(path), "--topology", cell.topology, "--json", "-"]
         try:
             done = subprocess.run(command, env=libtpu.environment(), capture_output=True, text=True, timeout=seconds)
         except subprocess.TimeoutExpired:
             return {"said": f"not compiled within {seconds / 60:.0f} minutes"}
-    return json.loads(done.stdout) if done.returncode in (0, 1) else {"said": done.stderr.strip().splitlines()[-1]}
+    if done.returncode not in (0, 1):
+        return {"said": done.stderr.strip().splitlines()[-1]}
+    return {name: value for name, value in json.loads(done.stdout).items() if name != "experiment"}
 
 
 def row(cell: Cell, found: dict[str, Any]) -> str:
     """A line of the table."""
-    shown = [NAMES[cell.model], cell.topology, str(cell.chips), f"{cell.chips} / {cell.tensor}"]
-    shown.append(f"{8 * cell.prompts:,}")
+    split = f"fsdp {cell.chips // cell.sequence}" + (f", sequence {cell.sequence}" if cell.sequence > 1 else "")
+    shown = [NAMES[cell.model], cell.topology, str(cell.chips), f"{split} / tensor {cell.tensor}"]
+    shown.append(f"{8 * cell.prompts:,} x {cell.tokens:,}")
     if "programs" not in found:
         return "| " + " | ".join([*shown, found["said"], "", "", "", ""]) + " |"
     programs = {one["program"]: one for one in found["programs"]}
@@ -95,8 +118,8 @@ def row(cell: Cell, found: dict[str, Any]) -> str:
 
 def write(results: dict[str, Any]) -> None:
     """Puts the table of what is known between its marks in docs/pods.md."""
-    lines = ["| model | slice | chips | fsdp / rollouts' tensor | rows a step | a chip's memory | rollout | update | "
-             "sent by a chip, rollout / update | predicted, at least, rollout / update |",
+    lines = ["| model | slice | chips | mesh of update / rollout | rows x tokens | a chip's memory | rollout | update "
+             "| sent by a chip, rollout / update | predicted, at least, rollout / update |",
              "|" + "---|" * 10]  # fmt: skip
     lines += [row(cell, results[str(cell)]) for cell in CELLS if str(cell) in results]
     left = [str(cell) for cell in CELLS if str(cell) not in results]

@@ -31,6 +31,7 @@ from mlrl.advantages.relative import (
     role_conditioned,
     role_relative,
     spo,
+    task_relative,
 )
 from mlrl.advantages.rows import row_scores, whiten
 from mlrl.advantages.targets import kto, trajectory_balance
@@ -62,6 +63,7 @@ __all__ = [
     "row_scores",
     "spo",
     "step_level",
+    "task_relative",
     "trajectory_balance",
     "turn_level",
     "turns",

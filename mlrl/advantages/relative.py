@@ -171,6 +171,33 @@ def role_relative(batch: Batch, *, ddof: int = 1, eps: float = 1e-8) -> Pair:
     return spread(batch, relative)
 
 
+def task_relative(batch: Batch, *, eps: float = 1e-8) -> Pair:
+    """TRR++: scores whitened over all tokens of the rows with the same role, which says task and role at once.
+
+        A = (R - m) / sqrt(v + eps),   m = sum(n_i R_i) / sum(n_i),   v = sum(n_i (R_i - m)^2) / sum(n_i)
+
+    over the rows i of that role, with n_i actions: long rows weigh more, as in the authors' code.
+
+    Args:
+        batch: rows of rollout.role in any numbers, such as those of rollouts.propose_and_solve.
+        eps: added to the variance. A role whose scores are all equal gets 0.
+
+    Returns:
+        (advantages, returns).
+
+    Reference: Zhao et al. 2025, "Absolute Zero". `role_relative` counts every row once.
+    """
+    role, scored, scores = batch.rollout.role, batch.rewards.scored, row_scores(batch)
+    ids = jnp.argmax(role[:, None] == role[None, :], axis=1)  # the first row of the role: an id below B
+    lengths = batch.rollout.action_mask.sum(axis=1).astype(jnp.float32)
+    over_tokens = lambda x: groups.total(lengths * x, ids, scored) / jnp.maximum(  # noqa: E731
+        groups.total(lengths, ids, scored), 1.0)  # fmt: skip
+    difference = scores - over_tokens(scores)
+    relative = difference * jax.lax.rsqrt(over_tokens(jnp.square(difference)) + eps)
+    alone = groups.zero_spread(scores, ids, scored)
+    return spread(batch, jnp.where(scored & ~alone, relative, 0.0))
+
+
 def role_conditioned(*, roles: int = 2, decay: float = 0.95) -> StatefulAdvantage:
     """Score minus a running mean kept for each role: A = R - b, then b <- decay^n b + (1 - decay^n) mean R.
 

@@ -26,6 +26,7 @@ from mlrl import (
 from mlrl import prompts as prompts_lib
 from mlrl.batches import unannotated
 from mlrl.controllers import Controlled
+from mlrl.costs.work import of_step
 from mlrl.evaluation import AnyEvaluation, evaluator
 from mlrl.loops import checks, dispatch, pipeline, refill, stages, states
 from mlrl.loops import describe as describe_
@@ -84,6 +85,8 @@ class Experiment:
     forward         how the learner reads rows: each prompt once for its whole group, or every row whole
     optimizer       an optax transformation
     curriculum      sampling weights over the task's sources
+    prompts_fn      (prompts as drawn, the reward's state, task) -> prompts of the same shapes: for tasks that a reward
+                    remembers, such as those that the policy proposed
     refill_fn       Batch -> rows worth learning from; prompts none of whose rows are make room for new prompts,
     max_attempts    until the step has had so many draws of `prompts_per_step` prompts; 1: no refill
     reference       the frozen model that losses read as reference_log_probs; a teacher is one
@@ -113,6 +116,7 @@ class Experiment:
     old_log_probs: Callable[..., Array] = scoring.sampler_log_probs
     optimizer: optax.GradientTransformation = optimizers.adamw()
     curriculum: CurriculumFn = curricula.fixed()
+    prompts_fn: Callable[[Prompts, Any, Task], Prompts] = prompts_lib.as_drawn
     refill_fn: SelectFn = selection.keep_all
     max_attempts: int = 1
     minibatches: int = 1
@@ -160,7 +164,7 @@ def train(experiment: Experiment, run: runs.Run) -> TrainState:
         evaluate = evaluator(experiment.evaluations, parts.model, experiment.rollout_fn, parts.reference_model)
         each = experiment.steps_per_dispatch
         dispatch.can_start(int(state.step), each)
-        run.begin(experiment.task, experiment.num_steps, evaluate, state)
+        run.begin(experiment.task, experiment.num_steps, evaluate, state, lambda: of_step(parts, programs(parts)))
         for step in range(int(state.step), experiment.num_steps, each):
             prompts = next_prompts(state, step + experiment.steps_ahead)
             state, metrics, batch = take_step(state, prompts)
@@ -217,7 +221,8 @@ def first_state(parts: Parts, compiled: dict[str, Callable]) -> TrainState:
 
 
 def prompt_source(parts: Parts) -> Callable[..., Prompts]:
-    """(state, step, attempt = 0) -> prompts, a pure function of the run's key, the numbers and the curriculum's state.
+    """(state, step, attempt = 0) -> prompts, a pure function of the run's key, the numbers, and the states of the
+    curriculum and of the reward.
     """
     experiment = parts.experiment
 
@@ -228,7 +233,11 @@ def prompt_source(parts: Parts) -> Callable[..., Prompts]:
     if experiment.task.in_graph:
         draw = jax.jit(draw)
     most = experiment.max_attempts
-    drawn = lambda state, step, attempt=0: draw(state.key, step * most + attempt, state.curriculum).check()  # noqa: E731
+
+    def drawn(state: TrainState, step: Array | int, attempt: Array | int = 0) -> Prompts:
+        prompts = draw(state.key, step * most + attempt, state.curriculum)
+        return experiment.prompts_fn(prompts, state.reward, experiment.task).check()
+
     return drawn if experiment.task.in_graph else lambda *which: meshes.rows_from_host(drawn(*which))
 
 
@@ -354,6 +363,7 @@ def learn(parts: Parts, state: TrainState, prompts: Prompts, rollout: Rollout,
     )  # fmt: skip
     metrics |= step_metrics(batch) | reference_metrics(batch, parts.reads) | value_metrics(batch, parts.reads)
     metrics |= controllers.as_metrics(state.controllers)
+    metrics |= curricula.as_metrics(experiment.curriculum.weights(state.curriculum), experiment.task)
     metrics["unreadable_share"] = 1.0 - jnp.mean(can_be_read)
     rows = prompts_lib.repeat(prompts, experiment.group_size)
     state = state.replace(

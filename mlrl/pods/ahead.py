@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlrl import meshes
+from mlrl.costs import flops, work
+from mlrl.costs.chips import Chip, chip_of
 from mlrl.loops.states import Program
-from mlrl.pods import flops, topologies, work
-from mlrl.pods.chips import Chip, chip_of
+from mlrl.pods import topologies
 from mlrl.pods.collectives import traffic
 from mlrl.pods.roofline import Held, predicted
 from mlrl.types import Refused

@@ -11,9 +11,9 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
+from mlrl.costs.chips import chip_of
 from mlrl.pods import ahead, topologies
 from mlrl.pods.ahead import Result
-from mlrl.pods.chips import chip_of
 from mlrl.types import Refused
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from mlrl.pods.chips import Chip
+from mlrl.costs.chips import Chip
+from mlrl.costs.work import Phases, Work
 from mlrl.pods.collectives import BETWEEN_SLICES, Traffic
-from mlrl.pods.work import Phases, Work
 
 
 class Held(NamedTuple):

@@ -85,12 +85,13 @@ def test_mistakes_are_refused():
 
 MODEL = Transformer(Config(vocabulary_size=WORDS.size, width=16, layers=1, heads=2, kv_heads=1, head_width=8,
                            mlp_width=24))  # fmt: skip
-TWICE = functools.partial(multi_turn, environment=retry.always(task=TASK), max_turns=2, max_turn_tokens=3)
+EVEN = retry.always(task=TASK, judge=lambda example, tokens, written: tokens[0] % 2 == 0)  # often right, at random
+TWICE = functools.partial(multi_turn, environment=EVEN, max_turns=2, max_turn_tokens=3)
 
 
 @functools.cache
 def episodes():
-    """64 rows of each of 4 prompts, by a model that says anything; of so many a few are right."""
+    """64 rows of each of 4 prompts, by a model that says anything."""
     params = initialize(MODEL, jax.random.key(0))
     run = jax.jit(lambda params, prompts, key: TWICE(
         MODEL, params, prompts, key, vocabulary=WORDS, sampling=Sampling(), group_size=64))  # fmt: skip
@@ -99,12 +100,11 @@ def episodes():
 
 def test_a_rollout_pays_each_attempt_at_its_end_and_the_bonus_stays_out_of_the_first():
     rows, prompts = episodes(), prompts_lib.first(TASK, 4)
-    answers = [WORDS.encode(TASK.example(0, i)["answer"]) for i in range(4)]
     for b in range(len(rows.tokens)):
         for k in range(2):
             mine = np.flatnonzero(rows.action_mask[b] & (rows.turn[b] == k))
             said = rows.tokens[b, mine]
-            right = said[-1] in WORDS.eos_ids and list(said[:-1]) == answers[b // 64]
+            right = said[-1] in WORDS.eos_ids and said[0] % 2 == 0
             assert rows.earned[b, mine[-1]] == right and rows.earned[b, mine].sum() == right
     right, _ = evaluation_attempts.pairs(rows)
     assert right[:, 0].any() and right[:, 1].any(), "the test needs right attempts of both kinds"

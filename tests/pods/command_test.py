@@ -14,9 +14,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "loops")
 import worlds  # noqa: E402
 
 from mlrl import main, meshes  # noqa: E402
+from mlrl.costs.chips import CHIPS  # noqa: E402
 from mlrl.loops import online  # noqa: E402
 from mlrl.pods import ahead, command, topologies  # noqa: E402
-from mlrl.pods.chips import CHIPS  # noqa: E402
 from mlrl.types import Refused  # noqa: E402
 
 GIB = 2**30

@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from mlrl.pods.chips import CHIPS, Chip, chip_of
+from mlrl.costs.chips import CHIPS, Chip, chip_of
+from mlrl.costs.work import Work
 from mlrl.pods.collectives import BETWEEN_SLICES, Traffic
 from mlrl.pods.roofline import Held, memory_bytes, predicted
-from mlrl.pods.work import Work
 from mlrl.types import Refused
 
 CHIP = Chip(devices=1, hbm_bytes=100.0, flops=1000.0, hbm_bandwidth=100.0, ici_bandwidth=10.0, dcn_bandwidth=1.0,

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from mlrl.pods.chips import CHIPS
+from mlrl.costs.chips import CHIPS
 
 REPO = pathlib.Path(__file__).resolve().parent.parent.parent
 

@@ -16,10 +16,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "loops")
 import worlds  # noqa: E402
 
 from mlrl import meshes, scoring  # noqa: E402
+from mlrl.costs import work  # noqa: E402
+from mlrl.costs.flops import Products, products  # noqa: E402
 from mlrl.loops import online  # noqa: E402
 from mlrl.models.transformer import Config, Transformer, initialize  # noqa: E402
-from mlrl.pods import work  # noqa: E402
-from mlrl.pods.flops import Products, products  # noqa: E402
 from mlrl.types import Rollout  # noqa: E402
 
 GATED = dataclasses.replace(worlds.TINY, vocabulary_size=30, layers=2)

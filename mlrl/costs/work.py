@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from mlrl.pods.flops import Products
+from mlrl import meshes
+from mlrl.costs.flops import Products, products
 from mlrl.types import Prompts
 
 
 class Work(NamedTuple):
     """What one phase of a program asks of all chips together.
 
-    flops            matrix products; see mlrl.pods.flops
+    flops            matrix products; see mlrl.costs.flops
     weight_passes    times that every weight is read, at least
     cache_bytes      of keys and values that decoding reads
     optimizer_steps  times that parameters and optimizer state are read and written
@@ -27,6 +28,31 @@ class Work(NamedTuple):
 
 
 Phases = dict[str, Work]
+
+
+class Cost(NamedTuple):
+    """What a step asks of all devices together.
+
+    flops         matrix products that are made whatever rows say
+    decode_flops  those of decoding, if every row went on to its last column
+    decode_turns  turns of decoding, if every row did
+    """
+
+    flops: float
+    decode_flops: float = 0.0
+    decode_turns: int = 0
+
+
+def of_step(parts: Any, programs: Mapping[str, Any]) -> Cost:
+    """The cost of a step, of the loop's `programs`, which are traced for it."""
+    counts, total = runs(parts, programs), Cost(0.0)
+    for name, program in programs.items():
+        if counts[name]:
+            with meshes.use(program.mesh):
+                found = products(program.function.trace(*program.arguments).jaxpr)
+            total = Cost(total.flops + counts[name] * found.outside, total.decode_flops + counts[name] * found.inside,
+                         total.decode_turns + found.turns)  # fmt: skip
+    return total
 
 
 def runs(parts: Any, programs: Iterable[str]) -> dict[str, int]:

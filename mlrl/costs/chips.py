@@ -50,6 +50,6 @@ def chip_of(topology: str) -> tuple[str, Chip]:
     """The kind of chip of a topology's name, such as v5p:4x4x4, and its numbers. Raises Refused for an unknown one."""
     kind = topology.partition(":")[0]
     if kind not in CHIPS:
-        raise Refused(f"there is no TPU {kind!r} in mlrl.pods.chips: name a topology of {', '.join(CHIPS)}, such as "
+        raise Refused(f"there is no TPU {kind!r} in mlrl.costs.chips: name a topology of {', '.join(CHIPS)}, such as "
                       "v5p:4x4x4")  # fmt: skip
     return kind, CHIPS[kind]
