@@ -126,7 +126,7 @@ def with_includes(path):
 
 
 def overrides_for(path, folder):
-    """The values that an experiment asks for: real data beside the checkout, and weights and runs that are written here."""
+    """The values that an experiment asks for: real data beside the checkout; weights and runs, made here."""
     text = with_includes(path)
     given = re.findall(r"^(\w+) = (?!%gin.REQUIRED)", text, re.M)  # by the experiment itself
     asked = [name for name in re.findall(r"^(\w+) = %gin.REQUIRED", text, re.M) if name not in given]
