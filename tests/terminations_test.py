@@ -76,7 +76,7 @@ def test_macro_gae_with_single_tokens_is_gae_and_with_whole_sequences_a_bandits(
     kw = dict(discount=0.9, gae_lambda=0.7)
     macro = advantages.macro_gae(batch, termination=advantages.single_tokens, **kw)
     for a, b in zip(macro, advantages.gae(batch, value_lambda=0.7, **kw)):
-        np.testing.assert_array_equal(a, b)
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
     found, returns = advantages.macro_gae(batch, termination=advantages.whole_sequence, gae_lambda=0.7)
     score, value = rewards[1, 1:].sum(), np.asarray(batch.values)[1, 1:4].mean()
     np.testing.assert_allclose(found[1], np.where(mask[1], score - value, 0.0), rtol=1e-5)

@@ -61,7 +61,7 @@ def parity(one: dict[int, float], goal: float) -> int | None:
 def table(curves: dict[str, list[dict[int, float]]], minutes: dict[str, float]) -> str:
     """A Markdown table: before, after, and each seed's steps to parity with the last value of `token`."""
     goal = sum(one[max(one)] for one in curves["token"]) / len(curves["token"])
-    lines = [f"| arm | seeds | {METRIC} before | {METRIC} after | steps to {goal:.3f}, each seed | minutes, all seeds |",
+    lines = [f"| arm | seeds | {METRIC} before | {METRIC} after | steps to {goal:.3f} | minutes, all seeds |",
              "|---|---|---|---|---|---|"]  # fmt: skip
     for name, runs in curves.items():
         steps = [parity(one, goal) for one in runs]
