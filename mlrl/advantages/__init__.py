@@ -6,7 +6,6 @@ undiscounted rewards-to-go wherever no value function defines them better.
 """
 
 from mlrl.advantages.along import (
-    fixed_chunks,
     gae,
     last_value,
     length_adaptive_gae,
@@ -16,7 +15,6 @@ from mlrl.advantages.along import (
     reinforce_pp,
     step_level,
     turn_level,
-    turns,
 )
 from mlrl.advantages.relative import (
     by_score,
@@ -34,6 +32,17 @@ from mlrl.advantages.relative import (
 )
 from mlrl.advantages.rows import row_scores, whiten
 from mlrl.advantages.targets import kto, trajectory_balance
+from mlrl.advantages.terminations import (
+    after_tokens,
+    fixed_chunks,
+    last_apart,
+    random_chunks,
+    rising_perplexity,
+    single_tokens,
+    spelled,
+    turns,
+    whole_sequence,
+)
 from mlrl.advantages.wrappers import kl_in_reward, whitened, without_outliers
 
 __all__ = [
