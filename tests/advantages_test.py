@@ -71,8 +71,10 @@ FUNCTIONS = {
     "reinforce_pp_baseline": advantages.reinforce_pp_baseline,
     "gae": with_(advantages.gae, discount=0.9, value_lambda=1.0, bootstrap=advantages.last_value),
     "length_adaptive_gae": with_(advantages.length_adaptive_gae, alpha=0.8),
-    "macro_gae": with_(advantages.macro_gae, chunk_fn=with_(advantages.fixed_chunks, tokens=2)),
-    "turn_gae": with_(advantages.macro_gae, chunk_fn=advantages.turns),
+    "macro_gae": with_(advantages.macro_gae, termination=with_(advantages.fixed_chunks, tokens=2)),
+    "random_macro_gae": with_(advantages.macro_gae, termination=with_(advantages.random_chunks, lengths=(1, 2, 3))),
+    "perplexity_gae": with_(advantages.macro_gae, termination=advantages.rising_perplexity),
+    "turn_gae": with_(advantages.macro_gae, termination=advantages.turns),
     "turn_level": advantages.turn_level,
     "attempts": with_(advantages.attempts, weights=(0.5, 1.0), bonus=2.0),
     "step_level": advantages.step_level,
@@ -213,7 +215,7 @@ def test_step_level_standardizes_all_steps_of_the_group_and_sums_to_go():
 
 def test_macro_gae_with_turns_is_turn_level_gae():
     batch = build([[1, 1, 0, 1]], [[0.0, 1, 0, 2]], group=[0], values=[[0.2, 0.4, 0, 1.0]], turn=[[0, 0, 1, 1]])
-    found, returns = advantages.macro_gae(batch, chunk_fn=advantages.turns, gae_lambda=0.5)
+    found, returns = advantages.macro_gae(batch, termination=advantages.turns, gae_lambda=0.5)
     np.testing.assert_allclose(returns, [[2.5, 2.5, 0, 2.0]], rtol=1e-6)  # delta 1 + 1 - 0.3, A = 1.7 + 0.5 * 1
     np.testing.assert_allclose(found, [[2.2, 2.2, 0, 1.0]], rtol=1e-6)
 

@@ -30,7 +30,7 @@ LOADED_QUICKLY = {"experiments/quickstart/grpo.gin", "experiments/quickstart/ran
 # make test-all runs them all
 RUN_QUICKLY = {"experiments/quickstart/grpo.gin", "experiments/preferences/dpo.gin", "ppo", "kto"}
 
-WITH_VALUES = {"ppo", "ppo_shared", "reward_model", "process_reward_model"}
+WITH_VALUES = {"ppo", "ma_ppo", "ppo_shared", "reward_model", "process_reward_model"}
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
@@ -205,7 +205,7 @@ def compose(method, folder):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_is_wholly_used(method, tmp_path):
     experiment, _ = prepared(compose(method, tmp_path))
-    values = dict(value_head=method in WITH_VALUES, critic_layers=2 if method == "ppo" else 0)
+    values = dict(value_head=method in WITH_VALUES, critic_layers=2 if method in ("ppo", "ma_ppo") else 0)
     assert experiment.model == Config(**SMALL, **values)
 
 

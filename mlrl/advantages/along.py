@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from mlrl import groups
 from mlrl import returns as along
 from mlrl.advantages.rows import Pair, reward_tokens, whiten
+from mlrl.advantages.terminations import Termination, fixed_chunks
 from mlrl.types import Array, Batch
 
 
@@ -87,34 +88,26 @@ def length_adaptive_gae(
     return run(along.length_adaptive_lambda(batch.mask, alpha=alpha))[0], run(value_lambda)[1]
 
 
-def fixed_chunks(batch: Batch, *, tokens: int = 5) -> Array:
-    """Macro actions of a fixed number of tokens: `returns.chunks_of`."""
-    return along.chunks_of(batch.mask, tokens=tokens)
-
-
-def turns(batch: Batch) -> Array:
-    """Macro actions that are turns."""
-    return batch.rollout.turn
-
-
 def macro_gae(
     batch: Batch,
     *,
-    chunk_fn: Callable[[Batch], Array] = fixed_chunks,
+    termination: Termination = fixed_chunks,
     discount: float = 1.0,
     gae_lambda: float = 0.95,
     bootstrap: Callable[[Batch], Array] = no_bootstrap,
     reward_of: Callable[..., Array] = along.chunk_sum,
+    value_of: Callable[..., Array] = along.chunk_mean,
 ) -> Pair:
-    """GAE over macro actions: `returns.macro_gae`. With chunk_fn=turns it is turn-level GAE.
+    """GAE over macro actions: `returns.macro_gae`. With termination=turns it is turn-level GAE.
 
     Args:
         batch: reads values.
-        chunk_fn: batch -> [B,L] chunk numbers: fixed_chunks or turns.
+        termination: batch -> [B,L] chunk numbers: one of `advantages.terminations`.
         discount: per chunk.
         gae_lambda: per chunk.
         bootstrap: no_bootstrap or last_value.
         reward_of: returns.chunk_sum or returns.chunk_mean.
+        value_of: returns.chunk_mean, returns.chunk_first or returns.chunk_last.
 
     Returns:
         (advantages, returns).
@@ -123,11 +116,12 @@ def macro_gae(
         reward_tokens(batch),
         batch.values,
         batch.mask,
-        chunk_fn(batch),
+        termination(batch),
         discount=discount,
         gae_lambda=gae_lambda,
         bootstrap=bootstrap(batch),
         reward_of=reward_of,
+        value_of=value_of,
     )
 
 
