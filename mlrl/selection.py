@@ -74,6 +74,30 @@ def best_of_n(batch: Batch, *, keep: int = 1) -> Array:
     return batch.rewards.scored & (place < keep)
 
 
+def above(batch: Batch, *, threshold: float | Array = 0.0, keep: int = 4) -> Array:
+    """Different completions whose reward is above the threshold, at most `keep` of a group, the highest first (B-STaR).
+
+    It reads the shaped reward, unlike its neighbours: the verifier that it stands for gives degrees. Of equal
+    completions of a group the first counts; so do ties.
+
+    Args:
+        batch: reads rewards.tokens, whose sum over a row is its reward, and rollout.tokens.
+        threshold: in units of the reward.
+        keep: the most that a group may give.
+
+    Returns:
+        [B] bool.
+
+    Reference: Zeng et al. 2024, "B-STaR". Left out: the human solution beside every prompt's samples, and a `keep`
+    that grows until the selection has a given size.
+    """
+    rollout, scored = batch.rollout, batch.rewards.scored
+    reward = jnp.where(rollout.action_mask, batch.rewards.tokens, 0.0).sum(axis=1)
+    said = jnp.where(rollout.action_mask, rollout.tokens, -1)
+    useful = groups.first_of_equals(said, rollout.group, scored) & (reward > threshold)
+    return useful & (groups.rank(reward, rollout.group, useful) < keep)
+
+
 def best_and_worst(batch: Batch, *, tolerance: float = 1e-6) -> Array:
     """The best and the worst scored row of each group with spread: the pairs of online DPO."""
     scored, group, outcome = batch.rewards.scored, batch.rollout.group, batch.rewards.outcome
