@@ -115,16 +115,19 @@ def as_metrics(configuration: Any) -> Metrics:
     return {f"configuration/{name}": getattr(configuration, name) for name in names}
 
 
-def fits(experiment: Any, read: set[str]) -> None:
-    """Raises Refused where a configuration is chosen that the selection or a loss cannot follow."""
+def fits(experiment: Any) -> None:
+    """Raises Refused where a configuration is chosen that the selection cannot follow."""
     if not isinstance(experiment.configure, ConfigureFn):
         raise Refused("Experiment.configure must be a ConfigureFn: call a function, as @configurations.balanced()")
-    if not experiment.configure.init():
-        return
-    if "threshold" not in inspect.signature(experiment.select_fn).parameters:
+    if experiment.configure.init() and "threshold" not in inspect.signature(experiment.select_fn).parameters:
         raise Refused(f"Experiment.configure chooses a threshold, but {name_of(experiment.select_fn)} has no knob of "
                       "that name: set Experiment.select_fn = @selection.above or @selection.keep_correct")  # fmt: skip
+
+
+def one_temperature(experiment: Any, read: set[str]) -> None:
+    """Raises Refused where a temperature is chosen and a loss compares the sampler with the learner."""
     recorded = inspect.unwrap(experiment.old_log_probs) is scoring.sampler_log_probs
-    if "Batch.rollout.behavior_log_probs" in read or (recorded and "Batch.old_log_probs" in read):
+    compared = "Batch.rollout.behavior_log_probs" in read or (recorded and "Batch.old_log_probs" in read)
+    if experiment.configure.init() and compared:
         raise Refused("Experiment.configure chooses the sampler's temperature, and a loss compares the sampler's "
                       "log-probs with the learner's: set Experiment.losses = (@supervised.next_token,)")  # fmt: skip

@@ -240,6 +240,7 @@ def prepare(experiment: Experiment) -> Parts:
     """Everything about an experiment that can be checked before compiling is checked here. Raises Refused."""
     checks.nouns(experiment)
     controllers.require_no_memory(experiment)
+    configurations.fits(experiment)
     model = checks.model_for(experiment.model, experiment.task.vocabulary)
     checks.start_fits(experiment.start, model)
     checks.mesh_fits(experiment)
@@ -253,7 +254,7 @@ def prepare(experiment: Experiment) -> Parts:
     losses, advantage_fn = stages.bound(parts, controllers.initial(experiment))
     read = functools.partial(checks.what_is_read, batch=batch, vocabulary_size=model.config.vocabulary_size)
     by_losses, reads = read(losses, ()), read(losses, (advantage_fn, experiment.select_fn))
-    configurations.fits(experiment, reads)
+    configurations.one_temperature(experiment, reads)
     reads |= stages.asked_of_models(parts, prompts, rollout) | rounds.reads(parts, reads)
     unit = 1
     if "Batch.rollout.group" in by_losses:
