@@ -135,7 +135,8 @@ def batches(pool: Batch, keep: np.ndarray, order: np.ndarray, *, rows: int, unit
 
 
 def selection_metrics(pool: Batch, keep: np.ndarray, group_size: int) -> Metrics:
-    """What was selected: rows, the share of prompts that have any, and how many different completions each has.
+    """What was selected: rows, the share of prompts that have any, how many different completions each has, and the
+    share of the rows that are right.
 
     The share of scored rows that were selected is `kept_share`, among the metrics of the step.
     """
@@ -147,6 +148,7 @@ def selection_metrics(pool: Batch, keep: np.ndarray, group_size: int) -> Metrics
         "selection/rows": np.float32(keep.sum()),
         "selection/prompts_share": np.float32(grouped.mean()),
         "selection/distinct_per_prompt": np.float32(different / max(grouped.sum(), 1)),
+        "selection/right_share": np.float32((pool.rewards.outcome[keep] > 0.5).mean() if keep.any() else 0.0),
     }
 
 
