@@ -1,4 +1,5 @@
-"""Which rows stay: functions batch -> keep [B] bool. They look at the unshaped outcome, never at shaped rewards.
+"""Which rows stay: functions batch -> keep [B] bool. They look at the unshaped outcome, and but for `above` never at
+shaped rewards.
 
 A dropped row leaves the mask and with it every denominator; whether it still counts in its group's baseline is decided
 by running the selection before or after the advantages.

@@ -131,3 +131,10 @@ def one_temperature(experiment: Any, read: set[str]) -> None:
     if experiment.configure.init() and compared:
         raise Refused("Experiment.configure chooses the sampler's temperature, and a loss compares the sampler's "
                       "log-probs with the learner's: set Experiment.losses = (@supervised.next_token,)")  # fmt: skip
+
+
+def in_words(experiment: Any) -> list[str]:
+    """What is sampled beside the rows of a round, if anything, for the description of a run."""
+    prompts = f"{experiment.prompts_per_step} prompts x {experiment.group_size} completions"
+    chosen = f"temperature and threshold are chosen first, on {prompts} at each temperature that is tried"
+    return [chosen] if experiment.configure.init() else []

@@ -297,6 +297,7 @@ def describe(parts: Parts) -> str:
         "a round": [f"{n} prompts x {g} completions = {n * g} rows of {width} + {columns - width} columns, sampled "
                     f"{experiment.prompts_per_step} prompts at a time",
                     f"{name_of(experiment.select_fn)} selects among them",
+                    *configurations.in_words(experiment),
                     f"{experiment.epochs} epoch(s) over the selected rows, {each} rows an optimizer step{whole}: at "
                     f"most {most} steps", f"{name_of(experiment.begin_round)}: {begin}"],
         "a run": f"{experiment.num_rounds:,} rounds, {experiment.num_rounds * n * g:,} rows, "

@@ -105,6 +105,7 @@ def test_a_round_is_sampled_and_selected_by_what_was_chosen(tmp_path):
     np.testing.assert_allclose(np.where(mask, said, 0), rows.rollout.behavior_log_probs, atol=1e-5)
     kept, reward = rows.mask.any(axis=1), rows.rewards.tokens.sum(axis=1)
     assert kept.any() and reward[kept].min() > 0.25 and metrics["selection/rows"] == kept.sum()
+    assert "chosen first, on 8 prompts x 4 completions" in iterated.describe(parts)
     assert metrics["configuration/temperature"] == 2.0 and "explore/pass@4" in metrics
 
 
