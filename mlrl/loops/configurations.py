@@ -80,12 +80,13 @@ def balanced(*, temperatures: Sequence[float] = (0.5, 0.7, 0.9, 1.1), thresholds
         return Configuration(*map(jnp.float32, (temperatures[0], thresholds[0], 0.0)))
 
     def choose(state: TrainState, explore: ExploreFn, select_fn: SelectFn) -> TrainState:
-        at = lambda t: state.replace(configuration=state.configuration._replace(temperature=jnp.float32(t)))  # noqa: E731
+        old = state.configuration
+        at = lambda t: state.replace(configuration=old._replace(temperature=jnp.full_like(old.temperature, t)))  # noqa: E731
         limits = jnp.asarray(thresholds, jnp.float32)
         scores = np.stack([_balances(explore(at(t)), limits, target, select_fn=select_fn) for t in temperatures])
         i, j = np.unravel_index(np.argmax(scores), scores.shape)
-        chosen = (temperatures[i], thresholds[j], scores[i, j])
-        return state.replace(configuration=Configuration(*map(jnp.float32, chosen)))
+        chosen = Configuration(temperatures[i], thresholds[j], scores[i, j])
+        return state.replace(configuration=jax.tree.map(jnp.full_like, old, chosen))
 
     return ConfigureFn(init, choose)
 
