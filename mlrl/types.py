@@ -352,11 +352,13 @@ class Models(NamedTuple):
     generate(prompts: Prompts, key) -> Rollout         sampled by the current policy
     score(rollout) -> Scores                           under the current policy
     reference(rollout) -> Scores                       under the frozen reference
+    generate_reference(prompts, key) -> Rollout        sampled by the frozen reference
     """
 
     generate: Callable[..., Rollout]
     score: Callable[[Rollout], Scores]
     reference: Callable[[Rollout], Scores]
+    generate_reference: Callable[..., Rollout]
 
 
 class RewardFn(NamedTuple):

@@ -73,6 +73,18 @@ iterated.Experiment.prompts_per_step = 4
 iterated.Experiment.group_size = 4
 iterated.Experiment.rows_per_step = 16
 """
+SHAPED = """from __gin__ import dynamic_registration
+include 'gin/tasks/arithmetic.gin'
+include 'gin/methods/{method}.gin'
+from mlrl.loops import online
+from mlrl.models import transformer
+from mlrl.rewards import graph
+DIGITS = 1
+MAX_COMPLETION_TOKENS = 3
+REWARD = @graph.random()
+online.Experiment.prompts_per_step = 8
+online.Experiment.group_size = 4
+"""
 TEACHER = "from mlrl.loops import start\nTEACHER = @start.random_parameters\n"
 
 
@@ -104,7 +116,9 @@ def with_includes(path):
 
 def overrides_for(path, folder):
     """The values that an experiment asks for: real data beside the checkout, and weights that are written here."""
-    asked = re.findall(r"^(\w+) = %gin.REQUIRED", with_includes(path), re.M)
+    text = with_includes(path)
+    given = re.findall(r"^(\w+) = (?!%gin.REQUIRED)", text, re.M)  # by the experiment itself
+    asked = [name for name in re.findall(r"^(\w+) = %gin.REQUIRED", text, re.M) if name not in given]
     where = {"DATA": DATA / pathlib.Path(path).parent.name, "VOCAB": DATA / "tokenizers" / "gpt2", "WEIGHTS": folder}
     if "WEIGHTS" in asked:
         config = Config(**SMALL, vocabulary_size=50304)  # more rows than the tokenizer has ids
@@ -156,7 +170,8 @@ def test_an_experiment_runs_a_tiny_step(path, tmp_path):
 def compose(method, folder):
     """A gin file of a method and a tiny task."""
     text = (REPO / "gin" / "methods" / f"{method}.gin").read_text()
-    bodies = {"gin/loops/offline.gin": OFFLINE, "gin/loops/iterated.gin": ITERATED, "iterated.Experiment": ITERATED}
+    bodies = {"REWARD = %gin.REQUIRED": SHAPED, "gin/loops/offline.gin": OFFLINE, "gin/loops/iterated.gin": ITERATED,
+              "iterated.Experiment": ITERATED}  # fmt: skip
     body = next((body for words, body in bodies.items() if words in text), ONLINE)
     path = folder / f"{method}.gin"
     teacher = TEACHER if "TEACHER = %gin.REQUIRED" in text else ""

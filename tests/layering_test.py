@@ -16,7 +16,7 @@ BLOCKS = (
     ("arithmetic", "reductions divergences controllers importance groups returns advantages selection metrics "
                    "monitoring batches losses"),
     ("data", "tokenizer_files vocabularies tasks prompts stored curricula data"),
-    ("models", "axes meshes models scoring"),
+    ("models", "axes meshes models scoring packing"),
     ("rollout", "sampling generation refilled rollouts environments"),
     ("rewards", "rewards"),
     ("learning", "optimizers updates costs"),

@@ -338,5 +338,5 @@ def _attempt(reward: RewardFn, task: Task, rows: int) -> tuple[Rewards, Rollout,
     def unbound(*_, **__):
         raise Refused(_ASKS_MODELS)
 
-    models = Models(unbound, unbound, unbound)
+    models = Models(*[unbound] * 4)
     return reward.update(reward.init(), rollout, prompts, task, models)[0], rollout, prompts

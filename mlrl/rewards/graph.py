@@ -59,6 +59,11 @@ def length_tokens(rollout: Rollout, prompts: Prompts) -> Array:
     return rollout.action_mask.sum(axis=1).astype(jnp.float32)
 
 
+def token_count(rollout: Rollout, prompts: Prompts, *, token: int) -> Array:
+    """How often the policy chose the token with the id `token`: what a proxy may overrate. [B] float32."""
+    return (rollout.action_mask & (rollout.tokens == token)).sum(axis=1).astype(jnp.float32)
+
+
 def overlong(rollout: Rollout, prompts: Prompts, *, max_tokens: int, buffer_tokens: int) -> Array:
     """The soft penalty of long completions: 0 up to max - buffer, falling linearly to -1 at max.
 

@@ -1,0 +1,1 @@
+"""Games of two over a few symbols, and what is known exactly about how to play them."""
