@@ -22,13 +22,13 @@ from mlrl.models.transformer import (
 from mlrl.types import Array, Distribution, Params, Prompts, Rollout, Scores
 
 
-def log_distribution(logits: Array, temperature: float) -> Array:
+def log_distribution(logits: Array, temperature: float | Array) -> Array:
     """log softmax(logits / temperature) in fp32, the one definition that sampling and learning share.
 
     At temperature 0 (greedy) the log-probs are those of temperature 1: the argmax is a choice, not a distribution.
     """
     logits = logits.astype(jnp.float32)
-    if temperature not in (0.0, 1.0):
+    if isinstance(temperature, Array) or temperature not in (0.0, 1.0):
         logits = logits / temperature
     return jax.nn.log_softmax(logits, axis=-1)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mlrl import controllers, meshes, scoring
 from mlrl import prompts as prompts_lib
-from mlrl.loops import checks
+from mlrl.loops import checks, configurations
 from mlrl.loops.states import Parts, Program, abstract_state, reads_reference
 from mlrl.models import lora
 from mlrl.models.projections import as_multiplied
@@ -47,7 +47,8 @@ def sample_rows(parts: Parts, state: TrainState, prompts: Prompts, key: Array) -
     return meshes.split_rows(
         experiment.rollout_fn(
             parts.model, lora.policy(state), meshes.split_rows(prompts), key,
-            vocabulary=experiment.task.vocabulary, sampling=experiment.sampling,
+            vocabulary=experiment.task.vocabulary,
+            sampling=configurations.sampled_by(experiment.sampling, state.configuration),
             group_size=experiment.group_size, policy_version=state.step,
         ).check()
     )  # fmt: skip
