@@ -46,6 +46,8 @@ class Evaluation:
     samples          k completions a prompt, besides the greedy one; 0: greedy only
     every_steps      measured before, after, and every so many steps; 0: before and after only
     answer           completion -> the answer that maj@k votes on
+    parts            parts of the reward, such as "length_tokens", whose means over completions are measured too: of the
+                     sampled ones, or without any of the greedy ones
     rollout_fn       how prompts become rows here; by default as in training. For a game, against a fixed opponent
     """
 
@@ -56,6 +58,7 @@ class Evaluation:
     every_steps: int = 0
     sampling: Sampling = Sampling()
     answer: Callable[[str], Any] = str.strip
+    parts: Sequence[str] = ()
     seed: int = 0
     rollout_fn: RolloutFn = as_in_training
 
@@ -65,6 +68,11 @@ class Evaluation:
             require_whole("Evaluation", name, getattr(self, name), 0)
         if not isinstance(self.task, Task):
             raise Refused(f"Evaluation.task must be a Task, got {self.task!r}: call a function, as @name()")
+        known = lift(self.reward_fn).names if self.parts else ()
+        for name in self.parts:
+            if name not in known:
+                shown = ", ".join(part for part in known if not part.startswith("unscored/"))
+                raise Refused(f"Evaluation.parts names {name!r}, but the parts of its reward are {shown}")
 
     def due(self, step: int, last_step: int) -> bool:
         """Whether this is measured after `step` steps of a run that ends at `last_step`."""
@@ -148,8 +156,8 @@ def _measure(evaluation: Evaluation, model: Transformer, rollout_fn: RolloutFn) 
 
     greedy, sampled = sampler(GREEDY, 1), sampler(evaluation.sampling, max(1, evaluation.samples))
 
-    def outcomes(rollout: Rollout, group_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """(right [N,k] as 0 or 1, NaN where unscored; answers [N,k])."""
+    def outcomes(rollout: Rollout, group_size: int) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """(right [N,k] as 0 or 1, NaN where unscored; answers [N,k]; parts [N,k])."""
         rows = prompts.repeat(batch, group_size)
         if not reward.in_graph:
             rollout, rows = processes.on_host((rollout, rows))
@@ -157,15 +165,18 @@ def _measure(evaluation: Evaluation, model: Transformer, rollout_fn: RolloutFn) 
         rewards, rollout = processes.on_host((rewards, rollout))
         correct = np.where(rewards.scored, rewards.outcome > 0.5, np.nan)
         answers = [evaluation.answer(text) for text in completions(rollout, task)]
-        return correct.reshape(-1, group_size), np.asarray(answers, object).reshape(-1, group_size)
+        parts = {name: np.asarray(rewards.parts[name]).reshape(-1, group_size) for name in evaluation.parts}
+        return correct.reshape(-1, group_size), np.asarray(answers, object).reshape(-1, group_size), parts
 
     def measure(params: Params) -> Results:
         key = jax.random.key(evaluation.seed)
-        correct, _ = outcomes(greedy(params, batch, key), 1)
+        correct, _, parts = outcomes(greedy(params, batch, key), 1)
         more = outcomes(sampled(params, batch, key), evaluation.samples) if evaluation.samples else ()
+        parts = more[2] if more else parts
 
         def results(own: np.ndarray) -> dict[str, dict[str, float]]:
             found = {"greedy": interval(correct[own, 0])}
+            found |= {name: interval(values[own].mean(axis=1)) for name, values in parts.items()}
             return found | (_sampled_results(more[0][own], more[1][own]) if more else {})
 
         sources = np.asarray(batch.source)
@@ -214,4 +225,4 @@ def _no_models(task: Task) -> Models:
     def refuse(*_, **__):
         raise Refused(f"the evaluation of {task.name!r} uses a reward that asks models: name one that does not")
 
-    return Models(refuse, refuse, refuse)
+    return Models(refuse, refuse, refuse, refuse)

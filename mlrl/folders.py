@@ -60,9 +60,10 @@ def require_no_run(folder: str | os.PathLike) -> None:
 
 
 def require_only_seeds_differ(configs: Sequence[str], seeds: Sequence[int], wanted: Sequence[int]) -> None:
-    """Raises Refused unless the macro SEED is the seed of the experiment, of each of them, and nothing else."""
+    """Raises Refused unless the macro SEED is the seed of the experiment, of each of them, and of the runs they start
+    from, and nothing else."""
     for statement in statements(configs[0]):
-        if re.search(r"%SEED\b", statement) and not re.match(r"\S*Experiment\.seed *= *%SEED$", statement):
+        if re.search(r"%SEED\b", statement) and not re.match(r"\S*(Experiment|from_run)\.seed *= *%SEED$", statement):
             raise Refused(f"seeds trained together differ in nothing else, but the experiment binds {statement}: give "
                           "that a number, or train seeds one after another, without --seeds")  # fmt: skip
     if list(seeds) != list(wanted):

@@ -158,7 +158,7 @@ def chooser(model: Transformer, params: Params, key: Array, sampling: Sampling,
         log_p = top_p_filter(top_k_filter(log_p, sampling.top_k), sampling.top_p)
         draw = jax.vmap(lambda row, t: jax.random.fold_in(jax.random.fold_in(key, row), t))
         keys = draw(rows, jnp.broadcast_to(t, rows.shape))
-        token = draw_tokens(keys, log_p, greedy=sampling.temperature == 0.0)
+        token = draw_tokens(keys, log_p, greedy=sampling.greedy)
         return token, jnp.take_along_axis(log_p, token[:, None], axis=1)[:, 0], jnp.isin(token, eos)
 
     return choose

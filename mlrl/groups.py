@@ -62,6 +62,40 @@ def rank(scores: Array, group: Array, scored: Array) -> Array:
     return jnp.zeros(n, jnp.int32).at[order].set(jnp.arange(n, dtype=jnp.int32) - first[group[order]])
 
 
+def fingerprint(rows: Array) -> tuple[Array, Array]:
+    """Two hashes of each row of whole numbers: [B,L] -> [B], [B] uint32. Equal rows have equal ones."""
+    length = rows.shape[1]
+    multipliers = jax.random.bits(jax.random.key(0x726F7773), (2, length), jnp.uint32) | 1
+    mixed = rows.astype(jnp.uint32) * jnp.uint32(0x9E3779B1) + jnp.arange(length, dtype=jnp.uint32)
+    mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x85EBCA6B)
+    first, second = jnp.sum((mixed ^ (mixed >> 13)) * multipliers[:, None], axis=-1, dtype=jnp.uint32)
+    return first, second
+
+
+def first_of_equals(rows: Array, group: Array, scored: Array) -> Array:
+    """True for scored rows that no earlier scored row of their group equals.
+
+    Rows are sorted by hashes and neighbours compared whole, so different rows are never taken for equal ones. That
+    equal ones are missed takes a third row with both of their hashes.
+
+    Args:
+        rows: [B,L] whole numbers, such as tokens with -1 outside the action mask.
+        group: [B] ids in [0, B).
+        scored: [B] bool.
+
+    Returns:
+        [B] bool.
+    """
+    n = group.shape[0]
+    first, second = fingerprint(rows)
+    home = jnp.where(scored, group, n)  # unscored rows are sorted behind all groups
+    order = jnp.lexsort((jnp.arange(n), second, first, home))
+    rows, home = rows[order], home[order]
+    same = jnp.all(rows[1:] == rows[:-1], axis=1) & (home[1:] == home[:-1])
+    new = jnp.concatenate([jnp.ones(1, bool), ~same])
+    return scored & jnp.zeros(n, bool).at[order].set(new)
+
+
 # Baselines.
 
 

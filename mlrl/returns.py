@@ -93,22 +93,25 @@ def length_adaptive_lambda(mask: Array, *, alpha: float = 0.05) -> Array:
 # Macro actions: several tokens judged as one decision.
 
 
-def chunks_of(mask: Array, *, tokens: int = 5) -> Array:
-    """Numbers the chunk of `tokens` actions that each slot lies in; the last action is a chunk of its own.
+def count_before(mask: Array) -> Array:
+    """How many actions lie before each slot of its row: [B,L] bool -> [B,L] int32 in [0, L)."""
+    return jnp.cumsum(mask, axis=1, dtype=jnp.int32) - mask.astype(jnp.int32)
 
-    The lone last action keeps an outcome reward from being averaged away (MA-RLHF). Slots that are no actions belong
-    to the chunk of the action before them.
+
+def chunks_from(begins: Array, mask: Array) -> Array:
+    """Numbers the chunk that each slot lies in, given the actions at which one begins.
+
+    Slots that are no actions belong to the chunk of the action before them; those before the first, to the first.
 
     Args:
-        mask: [B,L] bool.
-        tokens: chunk length.
+        begins: [B,L] bool; read only inside the mask. A row's first action begins a chunk in any case.
+        mask: [B,L] bool, the actions.
 
     Returns:
         [B,L] int32, from 0.
     """
-    index = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    last = jnp.maximum(mask.sum(axis=1, keepdims=True) - 1, 0)
-    return jnp.where(index == last, -(-last // tokens), index // tokens).astype(jnp.int32)
+    first = jnp.cumsum(mask, axis=1) == 1
+    return jnp.maximum(jnp.cumsum((begins | first) & mask, axis=1, dtype=jnp.int32) - 1, 0)
 
 
 def chunk_sum(x: Array, mask: Array, chunk: Array) -> Array:
@@ -121,6 +124,25 @@ def chunk_mean(x: Array, mask: Array, chunk: Array) -> Array:
     """Mean of x over the actions of each chunk (rewards on other slots are added in): [B,L] -> [B,L] by chunk."""
     n = chunk_sum(mask.astype(jnp.float32), mask, chunk)
     return chunk_sum(x, mask, chunk) / jnp.maximum(n, 1.0)
+
+
+def chunk_first(x: Array, mask: Array, chunk: Array) -> Array:
+    """x at the first action of each chunk, that is in the state in which the decision is taken: [B,L] by chunk."""
+    return chunk_sum(jnp.where(begins_of(mask, chunk), x, 0.0), mask, chunk)
+
+
+def chunk_last(x: Array, mask: Array, chunk: Array) -> Array:
+    """x at the last action of each chunk: [B,L] -> [B,L] by chunk."""
+    ends = begins_of(mask[:, ::-1], chunk[:, ::-1])[:, ::-1]
+    return chunk_sum(jnp.where(ends, x, 0.0), mask, chunk)
+
+
+def begins_of(mask: Array, chunk: Array) -> Array:
+    """The first action of each chunk: [B,L] bool. The chunk numbers may rise or fall along the row."""
+    at = jnp.where(mask, jnp.arange(mask.shape[1]), -1)
+    last = jax.lax.cummax(jnp.pad(at[:, :-1], ((0, 0), (1, 0)), constant_values=-1), axis=1)
+    before = jnp.take_along_axis(chunk, jnp.maximum(last, 0), axis=1)
+    return mask & ((last < 0) | (before != chunk))
 
 
 def macro_gae(
@@ -137,7 +159,11 @@ def macro_gae(
 ) -> tuple[Array, Array]:
     """GAE over chunks of actions: every token of a chunk gets the chunk's advantage and return.
 
-    With chunk = the turn of each token this is turn-level GAE; with chunks of one token it is `gae`.
+    R_k = reward_of(r in k), V_k = value_of(V in k), delta_k = R_k + discount V_{k+1} - V_k, A_k = delta_k + discount
+    gae_lambda A_{k+1}, return_k = A_k + V_k. With chunk = the turn of each token this is turn-level GAE; with chunks
+    of one token it is `gae`; with one chunk a row it is R - V, a bandit's. The state in which chunk k is decided is
+    that of its first action; the authors value it by the mean of V over the chunk's actions, whose later ones have
+    seen what the chunk did.
 
     Args:
         rewards: [B,L], finite everywhere.
@@ -148,13 +174,14 @@ def macro_gae(
         gae_lambda: per chunk.
         bootstrap: value after the last chunk, a number or [B].
         reward_of: chunk_sum, or chunk_mean as in the authors' code (it dilutes a per-token KL by the chunk length).
-        value_of: chunk_mean.
+        value_of: chunk_mean ("equal" in the authors' code), chunk_last ("unit") or chunk_first.
 
     Returns:
-        (advantages [B,L], returns [B,L]), both 0 outside the mask.
+        (advantages [B,L], returns [B,L]), both 0 outside the mask. A reward before a row's first action is no action's.
 
-    Reference: Chai et al. 2024, "MA-RLHF". Left out: chunks by perplexity or parse.
+    Reference: Chai et al. 2024, "MA-RLHF". Left out: values weighted by 1 / position in the chunk ("position").
     """
+    rewards = jnp.where(jnp.cumsum(mask, axis=1) > 0, rewards, 0.0)
     present = chunk_sum(mask.astype(jnp.float32), mask, chunk) > 0
     advantages, returns = gae(
         reward_of(rewards, mask, chunk),

@@ -12,21 +12,34 @@ from mlrl.types import Array, Refused, require_whole
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn: temperature (0.0: greedy), then top-k (0: off), then top-p (1.0: off)."""
+    """How tokens are drawn: temperature (0.0: greedy), then top-k (0: off), then top-p (1.0: off).
 
-    temperature: float = 1.0
+    An experiment sets numbers. A temperature that is chosen while the program runs is an array [], above 0.
+    """
+
+    temperature: float | Array = 1.0
     top_k: int = 0
     top_p: float = 1.0
 
     def __post_init__(self):
-        for name in ("temperature", "top_p"):
+        for name in ("top_p",) if self.chosen_late else ("temperature", "top_p"):
             if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int | float):
                 raise Refused(f"Sampling.{name} must be a number, got {getattr(self, name)!r}")
         require_whole("Sampling", "top_k", self.top_k, 0)
-        if self.temperature < 0.0:
+        if not self.chosen_late and self.temperature < 0.0:
             raise Refused(f"Sampling.temperature must be at least 0.0, got {self.temperature}")
         if not 0.0 < self.top_p <= 1.0:
             raise Refused(f"Sampling.top_p must lie in (0, 1], got {self.top_p}")
+
+    @property
+    def chosen_late(self) -> bool:
+        """Whether the temperature is an array."""
+        return isinstance(self.temperature, Array)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return not self.chosen_late and self.temperature == 0.0
 
     @property
     def filtered(self) -> bool:

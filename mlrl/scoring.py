@@ -22,13 +22,13 @@ from mlrl.models.transformer import (
 from mlrl.types import Array, Distribution, Params, Prompts, Rollout, Scores
 
 
-def log_distribution(logits: Array, temperature: float) -> Array:
+def log_distribution(logits: Array, temperature: float | Array) -> Array:
     """log softmax(logits / temperature) in fp32, the one definition that sampling and learning share.
 
     At temperature 0 (greedy) the log-probs are those of temperature 1: the argmax is a choice, not a distribution.
     """
     logits = logits.astype(jnp.float32)
-    if temperature not in (0.0, 1.0):
+    if isinstance(temperature, Array) or temperature not in (0.0, 1.0):
         logits = logits / temperature
     return jax.nn.log_softmax(logits, axis=-1)
 
@@ -63,7 +63,7 @@ def score(model: Transformer, params: Params, rollout: Rollout, *, temperature: 
     seen = (rollout.tokens, row_positions(rollout.valid), causal_mask(rollout.valid))
     # The states in which the scored tokens were chosen.
     states = lambda trunk: model.apply({"params": params}, *seen, method=trunk)[0][:, first_column - 1 : -1]  # noqa: E731
-    return _scores(model, params, rollout, states, temperature=temperature, first_column=first_column,
+    return scores_of_states(model, params, rollout, states, temperature=temperature, first_column=first_column,
                    chunk_columns=chunk_columns, chunk_vocabulary=chunk_vocabulary, with_logits=with_logits,
                    top_tokens=top_tokens)  # fmt: skip
 
@@ -149,7 +149,7 @@ def shared_prompts() -> Forward:
                 return before
             return jnp.concatenate([before, model.apply({"params": params}, *seen, method=trunk)[0]], axis=1)
 
-        return _scores(model, params, rollout, states, first_column=width, **settings)
+        return scores_of_states(model, params, rollout, states, first_column=width, **settings)
 
     return Forward(prepare, score_, begin_with_prompts)
 
@@ -162,7 +162,7 @@ def begin_with_prompts(prompts: Prompts, rollout: Rollout) -> Array:
     return jnp.all(same & (valid == prompts.valid[mine]), axis=1)
 
 
-def _scores(model: Transformer, params: Params, rollout: Rollout, states: Callable[[Callable], Array], *,
+def scores_of_states(model: Transformer, params: Params, rollout: Rollout, states: Callable[[Callable], Array], *,
             first_column: int, temperature: float = 1.0, chunk_columns: int = 0, chunk_vocabulary: int = 0,
             with_logits: bool = False, top_tokens: int = 0) -> Scores:  # fmt: skip
     """Scores of the columns from `first_column`, of a trunk's states before each of them: states(trunk) [B,*,D]."""

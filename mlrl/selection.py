@@ -1,4 +1,5 @@
-"""Which rows stay: functions batch -> keep [B] bool. They look at the unshaped outcome, never at shaped rewards.
+"""Which rows stay: functions batch -> keep [B] bool. They look at the unshaped outcome, and but for `above` never at
+shaped rewards.
 
 A dropped row leaves the mask and with it every denominator; whether it still counts in its group's baseline is decided
 by running the selection before or after the advantages.
@@ -72,6 +73,30 @@ def best_of_n(batch: Batch, *, keep: int = 1) -> Array:
     """The `keep` scored rows of each group with the highest outcome; ties go to the earlier row (RAFT: 1)."""
     place = groups.rank(batch.rewards.outcome, batch.rollout.group, batch.rewards.scored)
     return batch.rewards.scored & (place < keep)
+
+
+def above(batch: Batch, *, threshold: float | Array = 0.0, keep: int = 4) -> Array:
+    """Different completions whose reward is above the threshold, at most `keep` of a group, the highest first (B-STaR).
+
+    It reads the shaped reward, unlike its neighbours: the verifier that it stands for gives degrees. Of equal
+    completions of a group the first counts; so do ties.
+
+    Args:
+        batch: reads rewards.tokens, whose sum over a row is its reward, and rollout.tokens.
+        threshold: in units of the reward.
+        keep: the most that a group may give.
+
+    Returns:
+        [B] bool.
+
+    Reference: Zeng et al. 2024, "B-STaR". Left out: the human solution beside every prompt's samples, and a `keep`
+    that grows until the selection has a given size.
+    """
+    rollout, scored = batch.rollout, batch.rewards.scored
+    reward = jnp.where(rollout.action_mask, batch.rewards.tokens, 0.0).sum(axis=1)
+    said = jnp.where(rollout.action_mask, rollout.tokens, -1)
+    useful = groups.first_of_equals(said, rollout.group, scored) & (reward > threshold)
+    return useful & (groups.rank(reward, rollout.group, useful) < keep)
 
 
 def best_and_worst(batch: Batch, *, tolerance: float = 1e-6) -> Array:

@@ -256,6 +256,7 @@ class TrainState:
     bad_updates  [] int32   updates in a row that were skipped because loss or gradient was not finite
     frozen       the parameters under adapters, which policy, reference and values share (mlrl.models.lora); () without
     pending      (Prompts, Rollout) of the next step, where rollouts are a step ahead of updates; else ()
+    configuration  what a round samples and selects by, where rounds choose it (loops.configurations); else ()
     """
 
     step: Array
@@ -269,6 +270,7 @@ class TrainState:
     bad_updates: Array
     frozen: Params = ()
     pending: Any = ()
+    configuration: Any = ()
 
     def check(self) -> TrainState:
         """Returns itself, or raises Refused naming the field whose shape or dtype is wrong."""
@@ -350,11 +352,13 @@ class Models(NamedTuple):
     generate(prompts: Prompts, key) -> Rollout         sampled by the current policy
     score(rollout) -> Scores                           under the current policy
     reference(rollout) -> Scores                       under the frozen reference
+    generate_reference(prompts, key) -> Rollout        sampled by the frozen reference
     """
 
     generate: Callable[..., Rollout]
     score: Callable[[Rollout], Scores]
     reference: Callable[[Rollout], Scores]
+    generate_reference: Callable[..., Rollout]
 
 
 class RewardFn(NamedTuple):

@@ -71,9 +71,12 @@ FUNCTIONS = {
     "reinforce_pp_baseline": advantages.reinforce_pp_baseline,
     "gae": with_(advantages.gae, discount=0.9, value_lambda=1.0, bootstrap=advantages.last_value),
     "length_adaptive_gae": with_(advantages.length_adaptive_gae, alpha=0.8),
-    "macro_gae": with_(advantages.macro_gae, chunk_fn=with_(advantages.fixed_chunks, tokens=2)),
-    "turn_gae": with_(advantages.macro_gae, chunk_fn=advantages.turns),
+    "macro_gae": with_(advantages.macro_gae, termination=with_(advantages.fixed_chunks, tokens=2)),
+    "random_macro_gae": with_(advantages.macro_gae, termination=with_(advantages.random_chunks, lengths=(1, 2, 3))),
+    "perplexity_gae": with_(advantages.macro_gae, termination=advantages.rising_perplexity),
+    "turn_gae": with_(advantages.macro_gae, termination=advantages.turns),
     "turn_level": advantages.turn_level,
+    "attempts": with_(advantages.attempts, weights=(0.5, 1.0), bonus=2.0),
     "step_level": advantages.step_level,
     "trajectory_balance": with_(advantages.trajectory_balance, kl_coef=0.5),
     "kto": advantages.kto,
@@ -215,7 +218,7 @@ def test_step_level_standardizes_all_steps_of_the_group_and_sums_to_go():
 
 def test_macro_gae_with_turns_is_turn_level_gae():
     batch = build([[1, 1, 0, 1]], [[0.0, 1, 0, 2]], group=[0], values=[[0.2, 0.4, 0, 1.0]], turn=[[0, 0, 1, 1]])
-    found, returns = advantages.macro_gae(batch, chunk_fn=advantages.turns, gae_lambda=0.5)
+    found, returns = advantages.macro_gae(batch, termination=advantages.turns, gae_lambda=0.5)
     np.testing.assert_allclose(returns, [[2.5, 2.5, 0, 2.0]], rtol=1e-6)  # delta 1 + 1 - 0.3, A = 1.7 + 0.5 * 1
     np.testing.assert_allclose(found, [[2.2, 2.2, 0, 1.0]], rtol=1e-6)
 
@@ -278,3 +281,28 @@ def test_trajectory_balance_learns_the_tempered_reference():
 
     logits, _ = jax.lax.scan(step, jnp.zeros(4), length=300)
     np.testing.assert_allclose(jax.nn.softmax(logits), jax.nn.softmax(reference + scores), atol=1e-4)
+
+
+@pytest.mark.parametrize("rewards, scores", [((0, 1), (0, 11)), ((1, 1), (1, 1)), ((1, 0), (1, -10)), ((0, 0), (0, 0))])
+def test_scores_of_attempts_with_a_bonus(rewards, scores):
+    found = advantages.attempt_scores(jnp.asarray([rewards], jnp.float32), bonus=10.0)
+    np.testing.assert_allclose(found, [scores])
+
+
+def test_attempts_by_hand():
+    """Four rows, each with an attempt of two tokens, an observation, and one of one token, in one group."""
+    mask, turn = [[1, 1, 0, 1]] * 4, [[0, 0, 1, 1]] * 4
+    rewards = [[0, r1, 0, r2] for r1, r2 in ((0, 1), (1, 1), (1, 0), (0, 0))]
+    batch = build(mask, rewards, group=[2] * 4, turn=turn, valid=np.ones((4, 4), bool))
+    found, returns = jax.jit(with_(advantages.attempts, bonus=10.0))(batch)
+    first, second = np.array([0, 1, 1, 0]), np.array([11, 1, -10, 0])
+    np.testing.assert_allclose(returns, np.stack([first, first, 0 * first, second], axis=1), atol=1e-6)
+    np.testing.assert_allclose(found[:, 0], first - 0.5)  # no bonus, and nothing of what the second attempt earned
+    np.testing.assert_allclose(found[:, 3], second - 0.5, rtol=1e-6)
+    stage_one, _ = advantages.attempts(batch, weights=(0.0, 1.0))
+    np.testing.assert_allclose(stage_one[:, 0], np.zeros(4))
+    np.testing.assert_allclose(stage_one[:, 3], [0.5, 0.5, -0.5, -0.5])
+    own = advantages.turn_level(batch, discount=0.0, scale=groups.no_scale, eps=0.0)  # the same, without a bonus
+    np.testing.assert_allclose(advantages.attempts(batch)[0], own[0], atol=1e-6)
+    with pytest.raises(Refused, match="weights is empty"):
+        advantages.attempts(batch, weights=())

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from rewarded_rows import build
 
 from mlrl import curricula, vocabularies
 from mlrl.tasks.mixtures import mixture
@@ -67,3 +68,55 @@ def test_a_single_source_has_all_the_weight():
 def test_bad_knobs_are_refused(knobs, words):
     with pytest.raises(Refused, match=words):
         curricula.easy_to_hard(**knobs)
+
+
+def rows_of(advantages, sources, scored=None):
+    """Rows of two tokens, a prompt's and an action, and the prompts they answer."""
+    mask = np.tile([False, True], (len(sources), 1))
+    batch = build(mask, np.zeros(len(sources)), group=np.arange(len(sources)), scored=scored)
+    prompts = PARTS[0].at(np.zeros(len(sources), np.int32), np.zeros(len(sources), np.int32))
+    return prompts.replace(source=np.asarray(sources, np.int32)), batch.replace(
+        advantages=np.stack([np.full(len(sources), 9.0), advantages], axis=1).astype(np.float32)
+    )
+
+
+def softmax(x):
+    return np.exp(x) / np.exp(x).sum()
+
+
+def test_dump_by_hand():
+    curriculum = curricula.dump(temperature=0.5)
+    state = curriculum.init(TASK)
+    np.testing.assert_allclose(curriculum.weights(state), [1 / 3] * 3, rtol=1e-6)
+    scored = [True, True, True, False]
+    state = jax.jit(curriculum.update)(state, *rows_of([1.0, -2.0, 0.5, 7.0], [0, 0, 2, 1], scored))
+    assert state["rows"].tolist() == [2, 0, 1]
+    bonus = np.sqrt(2 * np.log(3 + 1) / (np.asarray([2, 0, 1]) + 1))
+    np.testing.assert_allclose(curriculum.weights(state), softmax((np.asarray([1.5, 0, 0.5]) + bonus) / 0.5), rtol=1e-5)
+    greedy = curricula.dump(temperature=0.5, exploration=0.0)
+    np.testing.assert_allclose(greedy.weights(state), softmax(np.asarray([1.5, 0, 0.5]) / 0.5), rtol=1e-5)
+
+
+def test_dump_remembers_the_last_rows_of_each_source():
+    curriculum = curricula.dump(window=3)
+    state, update = curriculum.init(TASK), jax.jit(curriculum.update)
+    state = update(state, *rows_of([1.0, 2, 3, 4], [1, 0, 1, 1]))
+    state = update(state, *rows_of([5.0, 6, 7, 8], [1, 1, 2, 1]))
+    state = update(state, *rows_of([1.0, 1, 1, 1], [2, 2, 2, 2]))
+    assert [sorted(row) for row in state["recent"].tolist()] == [[0, 0, 2], [5, 6, 8], [1, 1, 1]]
+    assert state["rows"].tolist() == [1, 6, 5]
+    state = update(state, *rows_of([3.0, 0, 0, 0], [2, 0, 0, 0]))  # the oldest of its source goes
+    assert sorted(state["recent"][2].tolist()) == [1, 1, 3]
+
+
+def test_weights_are_logged_by_the_names_of_sources():
+    assert curricula.as_metrics(np.asarray([0.5, 0.25, 0.25]), TASK) == {
+        "curriculum/easy": 0.5, "curriculum/middle": 0.25, "curriculum/hard": 0.25}  # fmt: skip
+    assert curricula.as_metrics(np.asarray([1.0]), PARTS[0]) == {}
+
+
+@pytest.mark.parametrize("knobs, words", [({"window": 0}, "dump.window"), ({"temperature": 0.0}, "temperature > 0"),
+                                          ({"exploration": -1.0}, "exploration >= 0")])  # fmt: skip
+def test_bad_knobs_of_dump_are_refused(knobs, words):
+    with pytest.raises(Refused, match=words):
+        curricula.dump(**knobs)

@@ -6,6 +6,7 @@ import sys
 
 import jax
 import numpy as np
+import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent / "loops"))
 
@@ -13,8 +14,9 @@ import worlds  # noqa: E402
 
 from mlrl import evaluation  # noqa: E402
 from mlrl.models.transformer import Transformer, initialize  # noqa: E402
-from mlrl.rewards import graph  # noqa: E402
+from mlrl.rewards import combinators, graph  # noqa: E402
 from mlrl.tasks import mixtures, puzzles  # noqa: E402
+from mlrl.types import Refused  # noqa: E402
 
 
 def test_sampled_results_by_hand():
@@ -53,3 +55,16 @@ def test_an_evaluation_of_text_uses_the_host_reward():
     params = initialize(model, jax.random.key(0))
     found = evaluation.evaluator((measured,), model, worlds.ROLLOUT)(params, 0, 0)
     assert 0.0 <= found[experiment.task.name]["greedy"]["value"] <= 1.0
+
+
+def test_parts_of_the_reward_are_measured_by_source():
+    task = mixtures.mixture([puzzles.arithmetic(digits=1, split="test"), puzzles.arithmetic(digits=2, split="test")])
+    reward = combinators.weighted_sum([graph.arithmetic, graph.length_tokens], [1.0, 0.0])
+    measured = evaluation.Evaluation(task, reward, prompts=4, parts=("length_tokens",))
+    model = Transformer(worlds.TINY.__class__(**vars(worlds.TINY) | {"vocabulary_size": task.vocabulary.size}))
+    found = evaluation.evaluator((measured,), model, worlds.ROLLOUT)(initialize(model, jax.random.key(0)), 0, 0)
+    each = [found[f"{task.name}/{source}"]["length_tokens"] for source in task.sources]
+    assert all(1 <= one["value"] <= 3 and one["prompts"] == 2 for one in each)
+    assert found[task.name]["length_tokens"]["value"] == np.mean([one["value"] for one in each])
+    with pytest.raises(Refused, match="names 'tokens', but the parts of its reward are arithmetic, length_tokens"):
+        evaluation.Evaluation(task, reward, parts=("tokens",))

@@ -10,8 +10,8 @@ import re
 import jax
 import pytest
 
-from mlrl import main, meshes, runs, selection
-from mlrl.loops import online
+from mlrl import checkpoints, main, meshes, runs, selection
+from mlrl.loops import offline, online, states
 from mlrl.loops.start import random_parameters
 from mlrl.models import pretrained
 from mlrl.models.transformer import Config, Transformer, initialize
@@ -28,10 +28,9 @@ MESHES = {
 FILES = sorted(path.relative_to(REPO).as_posix() for path in REPO.glob("gin/**/*.gin")) + EXPERIMENTS
 LOADED_QUICKLY = {"experiments/quickstart/grpo.gin", "experiments/quickstart/random_reward.gin"}
 # make test-all runs them all
-RUN_QUICKLY = {"experiments/quickstart/grpo.gin", "experiments/preferences/dpo.gin", "experiments/spiral/kuhn.gin",
-               "ppo", "kto"}  # fmt: skip
+RUN_QUICKLY = {"experiments/quickstart/grpo.gin", "experiments/preferences/dpo.gin", "ppo", "kto"}
 
-WITH_VALUES = {"ppo", "ppo_shared", "reward_model", "process_reward_model"}
+WITH_VALUES = {"ppo", "ma_ppo", "ppo_shared", "reward_model", "process_reward_model"}
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
@@ -43,6 +42,24 @@ from mlrl.models import transformer
 from mlrl.rewards import graph
 DIGITS = 1
 MAX_COMPLETION_TOKENS = 3
+online.Experiment.reward_fn = @graph.random()
+online.Experiment.prompts_per_step = 8
+online.Experiment.group_size = 4
+"""
+ATTEMPTS = """from __gin__ import dynamic_registration
+include 'gin/methods/{method}.gin'
+include 'gin/rollouts/multi_turn.gin'
+from mlrl.environments import retry
+from mlrl.loops import online
+from mlrl.models import transformer
+from mlrl.rewards import graph
+from mlrl.tasks import puzzles
+puzzles.arithmetic.digits = 1
+ENVIRONMENT = @retry.always()
+MAX_TURNS = 2
+MAX_TURN_TOKENS = 3
+retry.always.task = @puzzles.arithmetic()
+online.Experiment.task = @puzzles.arithmetic()
 online.Experiment.reward_fn = @graph.random()
 online.Experiment.prompts_per_step = 8
 online.Experiment.group_size = 4
@@ -74,12 +91,31 @@ iterated.Experiment.prompts_per_step = 4
 iterated.Experiment.group_size = 4
 iterated.Experiment.rows_per_step = 16
 """
+SHAPED = """from __gin__ import dynamic_registration
+include 'gin/tasks/arithmetic.gin'
+include 'gin/methods/{method}.gin'
+from mlrl.loops import online
+from mlrl.models import transformer
+from mlrl.rewards import graph
+DIGITS = 1
+MAX_COMPLETION_TOKENS = 3
+REWARD = @graph.random()
+online.Experiment.prompts_per_step = 8
+online.Experiment.group_size = 4
+"""
 TEACHER = "from mlrl.loops import start\nTEACHER = @start.random_parameters\n"
+
+
+def keep_any(batch, *, threshold=0.0):
+    """Every row, where a threshold may be chosen too."""
+    return selection.keep_all(batch)
+
+
 TINY = {
     "online": dict(prompts_per_step=2, group_size=2, minibatches=1),
     "offline": dict(rows_per_step=4, minibatches=1),
     "iterated": dict(prompts_per_round=4, prompts_per_step=2, group_size=2, rows_per_step=4,
-                     select_fn=selection.keep_all),  # a random model is hardly ever right
+                     select_fn=keep_any),  # a random model is hardly ever right
 }  # fmt: skip
 SMALL = dict(width=16, layers=1, heads=2, kv_heads=1, head_width=8, mlp_width=24)
 SHAPE = "".join(f"transformer.Config.{name} = {value}\n" for name, value in SMALL.items())
@@ -97,9 +133,15 @@ def with_includes(path):
 
 
 def overrides_for(path, folder):
-    """The values that an experiment asks for: real data beside the checkout, and weights that are written here."""
-    asked = re.findall(r"^(\w+) = %gin.REQUIRED", with_includes(path), re.M)
+    """The values that an experiment asks for: real data beside the checkout; weights and runs, made here."""
+    text = with_includes(path)
+    given = re.findall(r"^(\w+) = (?!%gin.REQUIRED)", text, re.M)  # by the experiment itself
+    asked = [name for name in re.findall(r"^(\w+) = %gin.REQUIRED", text, re.M) if name not in given]
+    runs_asked = {name: folder / name / "seed_0" for name in ("BASE", "STAGE_ONE") if name in asked}
+    for run in runs_asked.values():
+        write_run(run, main.load("experiments/score/base.gin")[0])
     where = {"DATA": DATA / pathlib.Path(path).parent.name, "VOCAB": DATA / "tokenizers" / "gpt2", "WEIGHTS": folder}
+    where |= runs_asked
     if "WEIGHTS" in asked:
         config = Config(**SMALL, vocabulary_size=50304)  # more rows than the tokenizer has ids
         pretrained.write(folder, initialize(Transformer(config), jax.random.key(0)), config)
@@ -107,6 +149,14 @@ def overrides_for(path, folder):
         if not where[name].is_dir():
             pytest.skip(f"{path} needs {name}, and there is no folder {where[name]}")
     return {name: str(where[name]) for name in asked}
+
+
+def write_run(folder, experiment):
+    """A run folder with the experiment's first parameters in a checkpoint."""
+    parts = offline.prepare(experiment)
+    manager = checkpoints.open_manager(folder / "checkpoints")
+    checkpoints.save(manager, 0, states.initial_state(parts))
+    checkpoints.close(manager)
 
 
 def prepared(path, overrides=None, **changes):
@@ -150,7 +200,8 @@ def test_an_experiment_runs_a_tiny_step(path, tmp_path):
 def compose(method, folder):
     """A gin file of a method and a tiny task."""
     text = (REPO / "gin" / "methods" / f"{method}.gin").read_text()
-    bodies = {"gin/loops/offline.gin": OFFLINE, "gin/loops/iterated.gin": ITERATED, "iterated.Experiment": ITERATED}
+    bodies = {"REWARD = %gin.REQUIRED": SHAPED, "gin/loops/offline.gin": OFFLINE, "gin/loops/iterated.gin": ITERATED,
+              "iterated.Experiment": ITERATED, "advantages.attempts": ATTEMPTS}  # fmt: skip
     body = next((body for words, body in bodies.items() if words in text), ONLINE)
     path = folder / f"{method}.gin"
     teacher = TEACHER if "TEACHER = %gin.REQUIRED" in text else ""
@@ -161,7 +212,7 @@ def compose(method, folder):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_is_wholly_used(method, tmp_path):
     experiment, _ = prepared(compose(method, tmp_path))
-    values = dict(value_head=method in WITH_VALUES, critic_layers=2 if method == "ppo" else 0)
+    values = dict(value_head=method in WITH_VALUES, critic_layers=2 if method in ("ppo", "ma_ppo") else 0)
     assert experiment.model == Config(**SMALL, **values)
 
 

@@ -87,3 +87,17 @@ def test_win_rate_of_a_transitive_and_of_a_cyclic_judge():
     np.testing.assert_allclose(groups.win_rate(wins, group, scored), [1, 0.5, 0, 0.5])
     rock = jnp.array([[0.5, 1, 0], [0, 0.5, 1], [1, 0, 0.5]])
     np.testing.assert_allclose(groups.win_rate(rock, jnp.zeros(3, int), jnp.ones(3, bool)), [0.5] * 3)
+
+
+def test_the_first_of_equal_rows_of_a_group_by_hand():
+    rows = jnp.array([[3, -1], [3, -1], [3, 3], [3, -1], [3, -1], [5, 5], [3, 3]])
+    group, scored = jnp.array([4, 0, 0, 0, 4, 4, 0]), jnp.array([1, 0, 1, 1, 1, 0, 1], bool)
+    assert groups.first_of_equals(rows, group, scored).astype(int).tolist() == [1, 0, 1, 1, 0, 0, 0]
+
+
+def test_many_rows_are_told_apart_as_numpy_does():
+    rows = np.random.default_rng(0).integers(0, 3, (300, 4))
+    group = np.arange(300) % 2
+    found = np.asarray(groups.first_of_equals(jnp.asarray(rows), jnp.asarray(group), jnp.ones(300, bool)))
+    _, first = np.unique(np.column_stack([group, rows]), axis=0, return_index=True)
+    assert sorted(np.flatnonzero(found)) == sorted(first)

@@ -14,13 +14,14 @@ BLOCKS = (
     ("the surface", "__init__"),
     ("types", "types processes sandbox"),
     ("arithmetic", "reductions divergences controllers importance groups returns advantages selection metrics "
-                   "monitoring batches losses"),
-    ("data", "tokenizer_files vocabularies tasks prompts stored curricula data"),
-    ("models", "axes meshes models scoring"),
+                   "monitoring batches correction losses"),
+    ("data", "tokenizer_files vocabularies tasks prompts stored transcripts curricula data"),
+    ("models", "axes meshes models scoring packing"),
     ("rollout", "sampling generation refilled rollouts environments"),
     ("rewards", "rewards"),
     ("learning", "optimizers updates costs"),
-    ("IO", "folders checkpoints profiling writers evaluation evaluation_stored evaluation_games report runs export"),
+    ("IO", "folders checkpoints profiling writers evaluation evaluation_stored evaluation_attempts evaluation_games "
+           "report runs export"),
     ("loops", "loops"),
     ("pods", "pods"),
     ("the door", "main __main__"),

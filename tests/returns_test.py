@@ -69,22 +69,34 @@ def test_lambda_may_differ_by_row_and_grow_with_length():
     np.testing.assert_allclose(mixed[1], returns.gae(rewards, rewards, mask, gae_lambda=0.0)[0][1])
 
 
-def test_chunks_leave_the_last_action_alone():
-    mask = jnp.array([[0, 1, 1, 1, 0, 1, 1, 0], [0, 1, 0, 0, 0, 0, 0, 0], [0, 1, 1, 1, 0, 0, 0, 0]], bool)
-    chunk = returns.chunks_of(mask, tokens=2)
-    np.testing.assert_array_equal(chunk[0], [0, 0, 0, 1, 1, 1, 2, 2])
-    np.testing.assert_array_equal(chunk[1], np.zeros(8))
-    np.testing.assert_array_equal(chunk[2][:4], [0, 0, 0, 1])
+def test_chunks_begin_where_they_are_told_to():
+    mask = jnp.array([[0, 1, 1, 0, 1, 1, 0], [0, 0, 0, 0, 0, 0, 0]], bool)
+    begins = jnp.array([[1, 0, 1, 1, 0, 1, 0]] * 2, bool)  # what is said of slots that are no actions is not read
+    chunk = returns.chunks_from(begins, mask)
+    np.testing.assert_array_equal(chunk, [[0, 0, 1, 1, 1, 2, 2], [0] * 7])
+    np.testing.assert_array_equal(returns.begins_of(mask, chunk), [[0, 1, 1, 0, 0, 1, 0], [0] * 7])
+    x = jnp.array([[9.0, 1, 2, 9, 3, 4, 9]] * 2)
+    np.testing.assert_array_equal(returns.chunk_first(x, mask, chunk)[0], [1, 2, 4, 0, 0, 0, 0])
+    np.testing.assert_array_equal(returns.chunk_last(x, mask, chunk)[0], [1, 3, 4, 0, 0, 0, 0])
+    np.testing.assert_array_equal(returns.count_before(mask)[0], [0, 0, 1, 2, 2, 3, 4])
 
 
-def test_macro_gae_by_hand_and_with_chunks_of_one_is_gae():
+def test_macro_gae_by_hand():
     # chunks {a, b}, {c}: R = [1 + 2, 3], V = [0.75, 1.5]; delta = [3 + 0.75, 1.5]; A = [3.75 + 0.5 * 1.5, 1.5]
-    chunk = returns.chunks_of(ALL, tokens=2)
-    advantages, targets = returns.macro_gae(R, V, ALL, chunk, gae_lambda=0.5)
-    np.testing.assert_allclose(advantages, [[4.5, 4.5, 1.5]])
-    np.testing.assert_allclose(targets, [[5.25, 5.25, 3.0]])
-    diluted, _ = returns.macro_gae(R, V, ALL, chunk, gae_lambda=0.5, reward_of=returns.chunk_mean)
-    np.testing.assert_allclose(diluted, [[3.0, 3.0, 1.5]])
-    single = returns.macro_gae(holes(R), holes(V), MASK, returns.chunks_of(MASK, tokens=1), discount=0.9)
-    for a, b in zip(single, returns.gae(holes(R), holes(V), MASK, discount=0.9)):
-        np.testing.assert_allclose(a, b, rtol=1e-6)
+    chunk = jnp.array([[0, 0, 1]])
+    macro = lambda **kw: [x[0].tolist() for x in returns.macro_gae(R, V, ALL, chunk, gae_lambda=0.5, **kw)]
+    assert macro() == [[4.5, 4.5, 1.5], [5.25, 5.25, 3.0]]
+    assert macro(value_of=returns.chunk_first) == [[4.75, 4.75, 1.5], [5.25, 5.25, 3.0]]  # V = [0.5, 1.5]
+    assert macro(value_of=returns.chunk_last) == [[4.25, 4.25, 1.5], [5.25, 5.25, 3.0]]  # V = [1, 1.5]
+    assert macro(reward_of=returns.chunk_mean)[0] == [3.0, 3.0, 1.5]  # R = [1.5, 3]
+
+
+def test_macro_gae_with_chunks_of_one_is_gae_and_with_one_chunk_a_bandit():
+    rewards, values = holes(R).at[0, 0].set(5.0), holes(V)  # the first slot is before the first action
+    single = returns.macro_gae(rewards, values, MASK, returns.chunks_from(MASK, MASK), discount=0.9)
+    for a, b in zip(single, returns.gae(rewards, values, MASK, discount=0.9)):
+        np.testing.assert_array_equal(a, b)
+    one = jnp.zeros_like(MASK, int)
+    advantages, targets = returns.macro_gae(rewards, values, MASK, one, value_of=returns.chunk_first)
+    np.testing.assert_allclose(targets, jnp.where(MASK, 6.0, 0.0))
+    np.testing.assert_allclose(advantages, jnp.where(MASK, 5.5, 0.0))

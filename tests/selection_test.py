@@ -80,6 +80,19 @@ def test_balance_score_by_hand():
     assert float(selection.balance_score(outcome, jnp.zeros(6, bool), group)) == 0.0
 
 
+@pytest.mark.parametrize("wrap", [jax.jit, lambda f: f], ids=["jit", "plain"])
+def test_above_keeps_the_best_different_completions_by_hand(wrap):
+    # group 0: 0.9, the same again, 0.5, 0.7, one below the threshold; group 5: one unscored, the same scored, one at it
+    said = [[0, 1, 1], [0, 1, 1], [0, 2, 1], [0, 3, 1], [0, 4, 1], [0, 1, 1], [0, 1, 1], [0, 9, 1]]
+    batch = build([[0, 1, 1]] * 8, [0.9, 0.9, 0.5, 0.7, 0.1, np.nan, 0.6, 0.2], group=[0] * 5 + [5] * 3,
+                  outcome=[0.0] * 8, scored=[True] * 5 + [False, True, True])  # fmt: skip
+    batch = batch.replace(rollout=batch.rollout.replace(tokens=jnp.array(said)))
+    kept = lambda **knobs: wrap(with_(selection.above, **knobs))(batch).astype(int).tolist()  # noqa: E731
+    assert kept(threshold=0.2, keep=2) == [1, 0, 0, 1, 0, 0, 1, 0]
+    assert kept(threshold=0.2, keep=9) == [1, 0, 1, 1, 0, 0, 1, 0]
+    assert kept(threshold=jnp.float32(0.8)) == [1, 0, 0, 0, 0, 0, 0, 0]
+
+
 def test_overlong_penalty_by_hand():
     lengths = jnp.array([10, 16, 18, 20, 25])
     found = selection.overlong_penalty(lengths, limit_tokens=20, buffer_tokens=4)

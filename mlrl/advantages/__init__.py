@@ -6,7 +6,6 @@ undiscounted rewards-to-go wherever no value function defines them better.
 """
 
 from mlrl.advantages.along import (
-    fixed_chunks,
     gae,
     last_value,
     length_adaptive_gae,
@@ -16,8 +15,8 @@ from mlrl.advantages.along import (
     reinforce_pp,
     step_level,
     turn_level,
-    turns,
 )
+from mlrl.advantages.attempts import attempt_scores, attempts
 from mlrl.advantages.relative import (
     by_score,
     gdpo,
@@ -36,9 +35,23 @@ from mlrl.advantages.relative import (
 )
 from mlrl.advantages.rows import row_scores, whiten
 from mlrl.advantages.targets import kto, trajectory_balance
+from mlrl.advantages.terminations import (
+    after_tokens,
+    fixed_chunks,
+    last_apart,
+    random_chunks,
+    rising_perplexity,
+    single_tokens,
+    spelled,
+    turns,
+    whole_sequence,
+)
 from mlrl.advantages.wrappers import kl_in_reward, whitened, without_outliers
 
 __all__ = [
+    "after_tokens",
+    "attempt_scores",
+    "attempts",
     "by_score",
     "fixed_chunks",
     "gae",
@@ -46,6 +59,7 @@ __all__ = [
     "grpo",
     "kl_in_reward",
     "kto",
+    "last_apart",
     "last_value",
     "length_adaptive_gae",
     "macro_gae",
@@ -54,14 +68,18 @@ __all__ = [
     "no_bootstrap",
     "opo",
     "own_role",
+    "random_chunks",
     "reinforce",
     "reinforce_pp",
     "reinforce_pp_baseline",
     "remax",
+    "rising_perplexity",
     "rloo",
     "role_conditioned",
     "role_relative",
     "row_scores",
+    "single_tokens",
+    "spelled",
     "spo",
     "step_level",
     "task_relative",
@@ -70,5 +88,6 @@ __all__ = [
     "turns",
     "whiten",
     "whitened",
+    "whole_sequence",
     "without_outliers",
 ]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from mlrl import groups
 from mlrl import returns as along
 from mlrl.advantages.rows import Pair, reward_tokens, whiten
+from mlrl.advantages.terminations import Termination, fixed_chunks
 from mlrl.types import Array, Batch
 
 
@@ -87,34 +88,26 @@ def length_adaptive_gae(
     return run(along.length_adaptive_lambda(batch.mask, alpha=alpha))[0], run(value_lambda)[1]
 
 
-def fixed_chunks(batch: Batch, *, tokens: int = 5) -> Array:
-    """Macro actions of a fixed number of tokens: `returns.chunks_of`."""
-    return along.chunks_of(batch.mask, tokens=tokens)
-
-
-def turns(batch: Batch) -> Array:
-    """Macro actions that are turns."""
-    return batch.rollout.turn
-
-
 def macro_gae(
     batch: Batch,
     *,
-    chunk_fn: Callable[[Batch], Array] = fixed_chunks,
+    termination: Termination = fixed_chunks,
     discount: float = 1.0,
     gae_lambda: float = 0.95,
     bootstrap: Callable[[Batch], Array] = no_bootstrap,
     reward_of: Callable[..., Array] = along.chunk_sum,
+    value_of: Callable[..., Array] = along.chunk_mean,
 ) -> Pair:
-    """GAE over macro actions: `returns.macro_gae`. With chunk_fn=turns it is turn-level GAE.
+    """GAE over macro actions: `returns.macro_gae`. With termination=turns it is turn-level GAE.
 
     Args:
         batch: reads values.
-        chunk_fn: batch -> [B,L] chunk numbers: fixed_chunks or turns.
+        termination: batch -> [B,L] chunk numbers: one of `advantages.terminations`.
         discount: per chunk.
         gae_lambda: per chunk.
         bootstrap: no_bootstrap or last_value.
         reward_of: returns.chunk_sum or returns.chunk_mean.
+        value_of: returns.chunk_mean, returns.chunk_first or returns.chunk_last.
 
     Returns:
         (advantages, returns).
@@ -123,11 +116,12 @@ def macro_gae(
         reward_tokens(batch),
         batch.values,
         batch.mask,
-        chunk_fn(batch),
+        termination(batch),
         discount=discount,
         gae_lambda=gae_lambda,
         bootstrap=bootstrap(batch),
         reward_of=reward_of,
+        value_of=value_of,
     )
 
 
@@ -157,13 +151,13 @@ def turn_level(
     """
     b, l = batch.mask.shape
     turn = batch.rollout.turn
-    rewards, present = _by_turn(batch)
+    rewards, present = by_turn(batch)
     to_go = along.reward_to_go(rewards, present, discount=discount)
     ids = (batch.rollout.group[:, None] * l + jnp.arange(l)[None, :]).reshape(-1)
     relative = groups.group_relative(
         to_go.reshape(-1), ids, present.reshape(-1), baseline=baseline, scale=scale, ddof=ddof, eps=eps, alone=alone
     ).reshape(b, l)
-    return _at_turn(relative, turn, batch.mask), _at_turn(to_go, turn, batch.mask)
+    return at_turn(relative, turn, batch.mask), at_turn(to_go, turn, batch.mask)
 
 
 def step_level(batch: Batch, *, ddof: int = 1, eps: float = 1e-6) -> Pair:
@@ -175,18 +169,19 @@ def step_level(batch: Batch, *, ddof: int = 1, eps: float = 1e-6) -> Pair:
     """
     b, l = batch.mask.shape
     turn = batch.rollout.turn
-    rewards, present = _by_turn(batch)
+    rewards, present = by_turn(batch)
     ids = jnp.repeat(batch.rollout.group, l)
     relative = groups.group_relative(rewards.reshape(-1), ids, present.reshape(-1), ddof=ddof, eps=eps).reshape(b, l)
     to_go = along.reward_to_go(relative, present)
-    return _at_turn(to_go, turn, batch.mask), _at_turn(along.reward_to_go(rewards, present), turn, batch.mask)
+    return at_turn(to_go, turn, batch.mask), at_turn(along.reward_to_go(rewards, present), turn, batch.mask)
 
 
-def _by_turn(batch: Batch) -> Pair:
+def by_turn(batch: Batch) -> Pair:
     """Rewards summed by turn, and which turns hold an action: [B,L], indexed by turn."""
     acts = along.chunk_sum(batch.mask.astype(jnp.float32), batch.mask, batch.rollout.turn)
     return along.chunk_sum(reward_tokens(batch), batch.mask, batch.rollout.turn), acts > 0
 
 
-def _at_turn(x: Array, turn: Array, mask: Array) -> Array:
+def at_turn(x: Array, turn: Array, mask: Array) -> Array:
+    """What stands at its turn in x, for every token of the mask: [B,L], [B,L], [B,L] -> [B,L]."""
     return jnp.where(mask, jnp.take_along_axis(x, turn, axis=1), 0.0)

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from mlrl import meshes, scoring
 from mlrl import prompts as prompts_lib
 from mlrl.evaluation import AnyEvaluation, Evaluation, completions
+from mlrl.evaluation_attempts import AttemptsEvaluation, pairs
 from mlrl.evaluation_games import Match
 from mlrl.evaluation_stored import StoredEvaluation
 from mlrl.models.transformer import Config, Transformer
@@ -276,16 +277,18 @@ def evaluations_work(evaluations: Sequence[AnyEvaluation]) -> None:
 def evaluations_sample(experiment: Any, model: Transformer, params: Any, *, by_step: bool = False) -> None:
     """Traces the sampler of every evaluation, but (`by_step`) those that sample as the step does; compiles nothing."""
     for evaluation in experiment.evaluations:
-        if not isinstance(evaluation, Evaluation | Match):
+        if not isinstance(evaluation, Evaluation | AttemptsEvaluation | Match):
             continue
         if not by_step or evaluation.rollout(experiment.rollout_fn) is not experiment.rollout_fn:
             task = evaluation.task
-            jax.eval_shape(
+            rollout = jax.eval_shape(
                 lambda params, task=task, sample=evaluation.rollout(experiment.rollout_fn): sample(
                     model, params, prompts_lib.first(task, 1), jax.random.key(0), vocabulary=task.vocabulary,
                     sampling=GREEDY, group_size=1,
                 ).check(), params,
             )  # fmt: skip
+            if isinstance(evaluation, AttemptsEvaluation):
+                jax.eval_shape(pairs, rollout)
 
 
 def judges_have_models(experiment: Any, batch: Batch, reads: set[str] | frozenset[str]) -> None:
@@ -339,5 +342,5 @@ def _attempt(reward: RewardFn, task: Task, rows: int) -> tuple[Rewards, Rollout,
     def unbound(*_, **__):
         raise Refused(_ASKS_MODELS)
 
-    models = Models(unbound, unbound, unbound)
+    models = Models(*[unbound] * 4)
     return reward.update(reward.init(), rollout, prompts, task, models)[0], rollout, prompts

@@ -113,7 +113,7 @@ def tried(reward: RewardFn, task: Task, *, rows: int = 3) -> list[str]:
         raise Refused("models are bound in the loop")
 
     try:
-        rewards, _ = reward.update(reward.init(), rollout, prompts, task, Models(unbound, unbound, unbound))
+        rewards, _ = reward.update(reward.init(), rollout, prompts, task, Models(*[unbound] * 4))
     except Refused as refusal:
         if "models are bound" in str(refusal):
             return ["it asks models, so it can be tried only in a run"]

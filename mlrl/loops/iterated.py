@@ -27,7 +27,7 @@ from mlrl import prompts as prompts_lib
 from mlrl.batches import unannotated
 from mlrl.controllers import Controlled
 from mlrl.evaluation import Evaluation, evaluator
-from mlrl.loops import checks, pool, rounds, stages
+from mlrl.loops import checks, configurations, pool, rounds, stages
 from mlrl.loops import describe as describe_
 from mlrl.loops.start import Reference, StartFn, own_start, random_parameters
 from mlrl.loops.states import Program, abstract_state, initial_state
@@ -70,6 +70,7 @@ class Experiment:
     begin_round   (TrainState, optimizer) -> what training starts from: rounds.go_on, restart or
                   move_reference
     select_fn     Batch -> rows to train on, of all rows of the round
+    configure     chooses the temperature and the threshold of each round: configurations.fixed() or balanced()
     advantage_fn  Batch -> (advantages, returns) over all rows of the round, for losses that read them
     losses        as in the online loop; where they compare the rows of a group, groups stay whole
     other fields  as in the online loop
@@ -81,6 +82,7 @@ class Experiment:
     losses: tuple[LossFn | Controlled, ...] = (next_token,)
     select_fn: SelectFn = selection.keep_correct
     begin_round: rounds.RoundFn = rounds.go_on
+    configure: configurations.ConfigureFn = configurations.fixed()
     model: Config = Config()
     prompts_per_round: int = 512
     prompts_per_step: int = 128
@@ -120,8 +122,9 @@ class Parts:
     prompt_columns: int = 0  # the width of the prompts
 
     def stateful(self) -> dict[str, Any]:
-        """First states of the curriculum and the reward."""
-        return {"curriculum": self.experiment.curriculum.init(self.experiment.task), "reward": self.reward.init()}
+        """First states of the curriculum and the reward, and the first configuration."""
+        return {"curriculum": self.experiment.curriculum.init(self.experiment.task), "reward": self.reward.init(),
+                "configuration": self.experiment.configure.init()}  # fmt: skip
 
 
 def train(experiment: Experiment, run: runs.Run) -> TrainState:
@@ -139,25 +142,28 @@ def train(experiment: Experiment, run: runs.Run) -> TrainState:
 
 
 def round_function(parts: Parts, run: runs.Run) -> Callable[[TrainState], tuple[TrainState, Metrics, Batch]]:
-    """A round: collect rows, choose among them, train on the chosen ones. Its programs have fixed shapes."""
-    experiment, collect = parts.experiment, pool.collector(parts, run, jitted(parts))
+    """A round: configure it, collect rows, choose among them, train on the chosen ones. Its programs have fixed shapes.
+    """
+    experiment, (collect, explore) = parts.experiment, pool.collector(parts, run, jitted(parts))
     begin_ = jax.jit(functools.partial(begun, parts))
     begin = lambda state: begin_(state.replace(frozen=())).replace(frozen=state.frozen)  # noqa: E731  without a copy
     choose_, learn_ = jax.jit(functools.partial(choose, parts)), jitted(parts)["update"]
     advance = jax.jit(experiment.curriculum.update)
 
     def play(state: TrainState) -> tuple[TrainState, Metrics, Batch]:
+        state = experiment.configure.choose(state, explore, experiment.select_fn)
         fresh = begin(state)
         prompts, rows, reward_state = collect(state.replace(reference=fresh.reference))
-        credit, returns, keep, metrics = processes.on_host(choose_(state.controllers, rows))
+        credit, returns, keep, metrics = processes.on_host(choose_(state.controllers, state.configuration, rows))
         rows = rows.replace(advantages=credit, returns=returns, mask=rows.mask & keep[:, None])
         metrics |= pool.selection_metrics(rows, keep, experiment.group_size)
+        metrics |= pool.exploration_metrics(rows, experiment.group_size)
         with run.phase("update"):
             trained, learned = fit(parts, learn_, fresh, rows, keep)
         if learned:  # a round that selects nothing leaves the model as it was
             state = trained.replace(controllers=controllers.turned(experiment, state.controllers, metrics | learned))
         curriculum = advance(state.curriculum, prompts_lib.repeat(prompts, experiment.group_size), rows)
-        metrics |= learned | controllers.as_metrics(fresh.controllers)
+        metrics |= learned | controllers.as_metrics(fresh.controllers) | configurations.as_metrics(state.configuration)
         return state.replace(step=state.step + 1, curriculum=curriculum, reward=reward_state), metrics, rows
 
     return play
@@ -187,12 +193,13 @@ def begun(parts: Parts, state: TrainState) -> TrainState:
     return meshes.split_state(parts.experiment.begin_round(state, parts.experiment.optimizer))
 
 
-def choose(parts: Parts, controlled: dict[str, Array], rows: Batch) -> tuple[Array, Array, Array, Metrics]:
+def choose(parts: Parts, controlled: dict[str, Array], configuration: Any,
+           rows: Batch) -> tuple[Array, Array, Array, Metrics]:  # fmt: skip
     """Advantages and returns [B,L] of all rows of a round, which of them are kept [B], and metrics."""
     _, advantage_fn = stages.bound(parts, controlled)
     credit, returns = advantage_fn(rows)
     rows = rows.replace(advantages=credit, returns=returns)
-    keep = parts.experiment.select_fn(rows) & rows.rewards.scored
+    keep = configurations.selected_by(parts.experiment.select_fn, configuration)(rows) & rows.rewards.scored
     rows = rows.replace(mask=rows.mask & keep[:, None])
     balance = selection.balance_score(rows.rewards.outcome, keep, rows.rollout.group)
     metrics = step_metrics(rows) | reference_metrics(rows, parts.reads) | value_metrics(rows, parts.reads)
@@ -233,6 +240,7 @@ def prepare(experiment: Experiment) -> Parts:
     """Everything about an experiment that can be checked before compiling is checked here. Raises Refused."""
     checks.nouns(experiment)
     controllers.require_no_memory(experiment)
+    configurations.fits(experiment)
     model = checks.model_for(experiment.model, experiment.task.vocabulary)
     checks.start_fits(experiment.start, model)
     checks.mesh_fits(experiment)
@@ -246,6 +254,7 @@ def prepare(experiment: Experiment) -> Parts:
     losses, advantage_fn = stages.bound(parts, controllers.initial(experiment))
     read = functools.partial(checks.what_is_read, batch=batch, vocabulary_size=model.config.vocabulary_size)
     by_losses, reads = read(losses, ()), read(losses, (advantage_fn, experiment.select_fn))
+    configurations.one_temperature(experiment, reads)
     reads |= stages.asked_of_models(parts, prompts, rollout) | rounds.reads(parts, reads)
     unit = 1
     if "Batch.rollout.group" in by_losses:
@@ -270,7 +279,7 @@ def _trace(parts: Parts, prompts: Prompts, rollout: Rollout, rewards: Rewards) -
     batch = jax.eval_shape(functools.partial(pool.annotate_chunk, parts), state, prompts, rollout, rewards)
     rows = pool.abstract(batch, experiment.prompts_per_round * experiment.group_size)
     checks.selects_rows(experiment.select_fn, rows)
-    jax.eval_shape(functools.partial(choose, parts), state.controllers, rows)
+    jax.eval_shape(functools.partial(choose, parts), state.controllers, state.configuration, rows)
     jax.eval_shape(functools.partial(learn, parts), state, pool.abstract(batch, experiment.rows_per_step))
 
 
@@ -288,6 +297,7 @@ def describe(parts: Parts) -> str:
         "a round": [f"{n} prompts x {g} completions = {n * g} rows of {width} + {columns - width} columns, sampled "
                     f"{experiment.prompts_per_step} prompts at a time",
                     f"{name_of(experiment.select_fn)} selects among them",
+                    *configurations.in_words(experiment),
                     f"{experiment.epochs} epoch(s) over the selected rows, {each} rows an optimizer step{whole}: at "
                     f"most {most} steps", f"{name_of(experiment.begin_round)}: {begin}"],
         "a run": f"{experiment.num_rounds:,} rounds, {experiment.num_rounds * n * g:,} rows, "

@@ -48,9 +48,9 @@ def never(results: Results) -> bool:
     return False
 
 
-def at_accuracy(results: Results, *, accuracy: float) -> bool:
-    """Stops once the greedy accuracy of every evaluation has reached `accuracy`; sources of a mixture do not count."""
-    whole = [found["greedy"]["value"] for name, found in results.items() if "/" not in name and "greedy" in found]
+def at_accuracy(results: Results, *, accuracy: float, metric: str = "greedy") -> bool:
+    """Stops once `metric` of every evaluation has reached `accuracy`; sources of a mixture do not count."""
+    whole = [found[metric]["value"] for name, found in results.items() if "/" not in name and metric in found]
     return bool(whole) and min(whole) >= accuracy
 
 
@@ -73,6 +73,7 @@ class Experiment:
     reference    the frozen model that losses read as reference_log_probs; a teacher is one
     reference_tokens  of the reference's distributions, for losses that read them: so many likeliest; 0: all
     stop         results of an evaluation -> whether that is enough
+    score_fn     how rows are read: as they are, or laid end to end (packing.score)
     rollout_fn   how the evaluations sample
     """
 
@@ -91,6 +92,7 @@ class Experiment:
     micro_batch_rows: int = 0
     score_chunk_columns: int = 0
     score_chunk_vocabulary: int = 0
+    score_fn: Callable[..., Scores] = scoring.score
     start: StartFn = random_parameters
     reference: Reference = own_start()
     reference_tokens: int = 0
@@ -236,8 +238,8 @@ def learn(parts: Parts, state: TrainState, batch: Batch) -> tuple[TrainState, Me
 def score(parts: Parts, model: Transformer, params: Params, rollout: Rollout, **more: Any) -> Scores:
     """The learner's forward pass, at temperature 1."""
     experiment = parts.experiment
-    return scoring.score(model, params, rollout, chunk_columns=experiment.score_chunk_columns,
-                         chunk_vocabulary=experiment.score_chunk_vocabulary, **more)  # fmt: skip
+    return experiment.score_fn(model, params, rollout, chunk_columns=experiment.score_chunk_columns,
+                               chunk_vocabulary=experiment.score_chunk_vocabulary, **more)  # fmt: skip
 
 
 def warm_start(*, experiment: Experiment) -> StartFn:

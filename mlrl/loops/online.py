@@ -363,6 +363,7 @@ def learn(parts: Parts, state: TrainState, prompts: Prompts, rollout: Rollout,
     )  # fmt: skip
     metrics |= step_metrics(batch) | reference_metrics(batch, parts.reads) | value_metrics(batch, parts.reads)
     metrics |= controllers.as_metrics(state.controllers)
+    metrics |= curricula.as_metrics(experiment.curriculum.weights(state.curriculum), experiment.task)
     metrics["unreadable_share"] = 1.0 - jnp.mean(can_be_read)
     rows = prompts_lib.repeat(prompts, experiment.group_size)
     state = state.replace(

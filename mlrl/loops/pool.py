@@ -5,21 +5,31 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from mlrl import meshes, processes, runs
+from mlrl import meshes, metrics, processes, runs
 from mlrl import prompts as prompts_lib
 from mlrl.batches import unannotated
 from mlrl.loops import stages
 from mlrl.types import Array, Batch, Metrics, Prompts, Rewards, Rollout, TrainState
 
 
-def collector(parts: Any, run: runs.Run,
-              compiled: dict[str, Callable]) -> Callable[[TrainState], tuple[Prompts, Batch, Any]]:  # fmt: skip
-    """state -> the prompts and rows of its round, on the host, and the reward's next state; in chunks of prompts.
+class Collector(NamedTuple):
+    """What asks the policy, in chunks of prompts.
+
+    collect(state) -> the prompts and rows of its round, on the host, and the reward's next state
+    explore(state) -> other rows for the prompts of the round's first chunk, on the host; nothing remembers them
+    """
+
+    collect: Callable[[TrainState], tuple[Prompts, Batch, Any]]
+    explore: Callable[[TrainState], Batch]
+
+
+def collector(parts: Any, run: runs.Run, compiled: dict[str, Callable]) -> Collector:
+    """Binds the programs of a round.
 
     Args:
       compiled: `sample_chunk` as "rollout" and `annotate_chunk` as "annotate", jitted.
@@ -31,24 +41,29 @@ def collector(parts: Any, run: runs.Run,
     judge = in_graph(functools.partial(stages.reward_rows, parts), parts.reward.in_graph)
     sample, annotate = compiled["rollout"], compiled["annotate"]
 
+    def ask(state: TrainState, chunk: int, key_number: int) -> tuple[Prompts, Batch, Any]:
+        prompts = draw(state, int(state.step) * chunks + chunk).check()
+        prompts = prompts if experiment.task.in_graph else meshes.rows_from_host(prompts)
+        with run.phase("rollout"):
+            rollout = jax.block_until_ready(sample(state, prompts, key_number))
+        with run.phase("reward"):
+            given = (rollout, prompts) if parts.reward.in_graph else processes.on_host((rollout, prompts))
+            rewards, reward_state = judge(state, *given)
+            state = state.replace(reward=reward_state)
+        with run.phase("annotate"):
+            rows = processes.on_host(annotate(state, prompts, rollout, meshes.rows_from_host(rewards)))
+        return processes.on_host(prompts), rows, reward_state
+
     def collect(state: TrainState) -> tuple[Prompts, Batch, Any]:
         asked, answered = [], []
         for chunk in range(chunks):
-            prompts = draw(state, int(state.step) * chunks + chunk).check()
-            prompts = prompts if experiment.task.in_graph else meshes.rows_from_host(prompts)
-            with run.phase("rollout"):
-                rollout = jax.block_until_ready(sample(state, prompts, chunk))
-            with run.phase("reward"):
-                given = (rollout, prompts) if parts.reward.in_graph else processes.on_host((rollout, prompts))
-                rewards, reward_state = judge(state, *given)
-                state = state.replace(reward=reward_state)
-            with run.phase("annotate"):
-                rewards = meshes.rows_from_host(rewards)
-                answered.append(processes.on_host(annotate(state, prompts, rollout, rewards)))
-            asked.append(processes.on_host(prompts))
+            prompts, rows, reward_state = ask(state, chunk, chunk)
+            state = state.replace(reward=reward_state)
+            asked.append(prompts)
+            answered.append(rows)
         return stacked(asked), joined(answered), state.reward
 
-    return collect
+    return Collector(collect, lambda state: ask(state, 0, chunks)[1])
 
 
 def draw_chunk(parts: Any, state: TrainState, chunk: Array | int) -> Prompts:
@@ -120,7 +135,8 @@ def batches(pool: Batch, keep: np.ndarray, order: np.ndarray, *, rows: int, unit
 
 
 def selection_metrics(pool: Batch, keep: np.ndarray, group_size: int) -> Metrics:
-    """What was selected: rows, the share of prompts that have any, and how many different completions each has.
+    """What was selected: rows, the share of prompts that have any, how many different completions each has, and the
+    share of the rows that are right.
 
     The share of scored rows that were selected is `kept_share`, among the metrics of the step.
     """
@@ -132,4 +148,32 @@ def selection_metrics(pool: Batch, keep: np.ndarray, group_size: int) -> Metrics
         "selection/rows": np.float32(keep.sum()),
         "selection/prompts_share": np.float32(grouped.mean()),
         "selection/distinct_per_prompt": np.float32(different / max(grouped.sum(), 1)),
+        "selection/right_share": np.float32((pool.rewards.outcome[keep] > 0.5).mean() if keep.any() else 0.0),
+    }
+
+
+def exploration_metrics(pool: Batch, group_size: int) -> Metrics:
+    """How many different right answers a round has, and how well the reward finds a right one; of all its rows.
+
+    "explore/unique_right_per_prompt"  different completions of a prompt that are right
+    "explore/unique_share"             different completions of a prompt, as a share of all of them
+    "explore/pass@k"                   chance that one of k completions is right, for k in powers of two
+    "exploit/best_of_G"                share of prompts whose completion with the highest reward is right
+
+    Prompts with a row that has no reward are in none of them; they are NaN if there is no other.
+    """
+    whole = np.flatnonzero(pool.rewards.scored.reshape(-1, group_size).all(axis=1))
+    by_prompt = lambda x: x.reshape(-1, group_size, *x.shape[1:])[whole]  # noqa: E731
+    mask = pool.rollout.action_mask
+    said, reward = np.where(mask, pool.rollout.tokens, -1), np.where(mask, pool.rewards.tokens, 0.0).sum(axis=1)
+    said, right, reward = map(by_prompt, (said, pool.rewards.outcome > 0.5, reward))
+    number = lambda some: np.float32(len(np.unique(some, axis=0)))  # noqa: E731
+    best = np.take_along_axis(right, reward.argmax(axis=1)[:, None], axis=1)
+    mean = lambda x: np.float32(np.mean(x)) if len(whole) else np.float32(np.nan)  # noqa: E731
+    chances = {f"explore/pass@{2**i}": mean(metrics.pass_at_k(group_size, right.sum(axis=1), 2**i))
+               for i in range(group_size.bit_length())}  # fmt: skip
+    return chances | {
+        "explore/unique_right_per_prompt": mean([number(a[r]) for a, r in zip(said, right)]),
+        "explore/unique_share": mean([number(a) / group_size for a in said]),
+        f"exploit/best_of_{group_size}": mean(best),
     }

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mlrl import controllers, meshes, scoring
 from mlrl import prompts as prompts_lib
-from mlrl.loops import checks
+from mlrl.loops import checks, configurations
 from mlrl.loops.states import Parts, Program, abstract_state, reads_reference
 from mlrl.models import lora
 from mlrl.models.projections import as_multiplied
@@ -47,7 +47,8 @@ def sample_rows(parts: Parts, state: TrainState, prompts: Prompts, key: Array) -
     return meshes.split_rows(
         experiment.rollout_fn(
             parts.model, lora.policy(state), meshes.split_rows(prompts), key,
-            vocabulary=experiment.task.vocabulary, sampling=experiment.sampling,
+            vocabulary=experiment.task.vocabulary,
+            sampling=configurations.sampled_by(experiment.sampling, state.configuration),
             group_size=experiment.group_size, policy_version=state.step,
         ).check()
     )  # fmt: skip
@@ -180,19 +181,29 @@ def models(parts: Parts, state: TrainState) -> Models:
     def asked(model: Any, params: Any, rollout: Rollout) -> Scores:  # of any rows: a judge's prompts have another width
         return scoring.score(model, params, rollout, **_settings(experiment))
 
-    def reference(rollout: Rollout) -> Scores:
+    def generated(model: Any, params: Any, prompts: Prompts, key: Array) -> Rollout:
+        return experiment.rollout_fn(
+            model, params, prompts, key, vocabulary=experiment.task.vocabulary, sampling=experiment.sampling,
+            group_size=1, policy_version=state.step,
+        )  # fmt: skip
+
+    def require_reference() -> None:
         if state.reference == ():
             raise Refused("a reward asks the reference beside a reward on the host, where it is kept only if a loss "
                           "reads it: add regularizers.kl_penalty, or keep to rewards in the graph")  # fmt: skip
+
+    def reference(rollout: Rollout) -> Scores:
+        require_reference()
         return asked(parts.reference_model, lora.reference(state), rollout)
 
+    def generate_reference(prompts: Prompts, key: Array) -> Rollout:
+        require_reference()
+        return generated(parts.reference_model, lora.reference(state), prompts, key)
+
     return Models(
-        generate=lambda prompts, key: experiment.rollout_fn(
-            parts.model, lora.policy(state), prompts, key, vocabulary=experiment.task.vocabulary,
-            sampling=experiment.sampling, group_size=1, policy_version=state.step,
-        ),
+        generate=functools.partial(generated, parts.model, lora.policy(state)),
         score=lambda rollout: asked(parts.model, lora.policy(state), rollout),
-        reference=reference,
+        reference=reference, generate_reference=generate_reference,
     )  # fmt: skip
 
 
@@ -220,13 +231,15 @@ def asked_of_models(parts: Any, prompts: Prompts, rollout: Rollout) -> set[str]:
     def judge(state: TrainState, prompts: Prompts, rollout: Rollout) -> Rewards:
         bound_ = models(parts, state.replace(reference=state.params))
 
-        def noted(rollout: Rollout) -> Scores:
+        def noted(answer: Callable, *given: Any) -> Any:
             asked.add("TrainState.reference")
-            return bound_.score(rollout)
+            return answer(*given)
 
+        bound_ = bound_._replace(reference=functools.partial(noted, bound_.score),
+                                 generate_reference=functools.partial(noted, bound_.generate))  # fmt: skip
         rows = prompts_lib.repeat(prompts, parts.experiment.group_size)
         update = parts.reward.update
-        return update(state.reward, rollout, rows, parts.experiment.task, bound_._replace(reference=noted))[0].check()
+        return update(state.reward, rollout, rows, parts.experiment.task, bound_)[0].check()
 
     if parts.reward.in_graph:
         jax.eval_shape(judge, abstract_state(parts), prompts, rollout)

@@ -24,14 +24,19 @@ def random_parameters(model: Transformer, key: Array) -> Params:
     return initialize(model, key)
 
 
-def from_run(*, run_dir: str) -> StartFn:
+def from_run(*, run_dir: str, seed: int = 0) -> StartFn:
     """The parameters that another run ended with: its last complete checkpoint's.
+
+    Args:
+      run_dir: the run's folder; "{seed}" in it stands for the number below.
+      seed: bound to %SEED, each seed of an experiment begins where the run of the same seed ended, also under --seeds.
 
     A value head (or critic) that this model has and the run had not starts at random, and so do adapters: those of a
     run that had some are taken over, over the same frozen base.
 
     Raises: Refused, if there is no checkpoint, or the run's model has another shape, or other adapters.
     """
+    run_dir = run_dir.replace("{seed}", str(seed))
     folder = pathlib.Path(run_dir, "checkpoints")
     if checkpoints.latest_step(folder) is None:
         raise Refused(f"{run_dir} holds no complete checkpoint to start from: train it first, or name another run_dir")

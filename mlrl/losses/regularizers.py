@@ -5,13 +5,15 @@ A term whose coefficient is the Python number 0.0 reads nothing, so that a loop 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
 from mlrl import divergences, importance, reductions
 from mlrl.divergences import Estimator
 from mlrl.losses import policy
-from mlrl.types import Array, Batch, LossFn, Metrics, Scores
+from mlrl.types import Array, Batch, LossFn, Metrics, Refused, Scores
 
 
 def is_off(coef: float | Array) -> bool:
@@ -50,6 +52,49 @@ def kl_penalty(
     loss = kl_coef * jnp.sum(batch.weights * per_token)
     raw = jnp.sum(batch.token_weights * jax.lax.stop_gradient(log_ratio))
     return loss, {"loss/kl": jax.lax.stop_gradient(loss), "kl/reference": raw}
+
+
+def kl_by_turn(
+    scores: Scores,
+    batch: Batch,
+    *,
+    kl_coefs: Sequence[float] = (0.0,),
+    estimator: Estimator = divergences.k2,
+    limit: float = 20.0,
+) -> tuple[Array, Metrics]:
+    """`kl_penalty` with a coefficient for each turn: sum(kl_coefs[turn] * weights * estimator(log-ratio)).
+
+    SCoRe's stage I holds the first attempt at the initial model by a large kl_coefs[0]. With
+    `reductions.sequence_mean_token_sum` it is the KL of an attempt, summed over its tokens. In expectation k2 has the
+    gradient of KL(policy || reference) for rows that the policy has just sampled.
+
+    Args:
+        scores: of the current policy.
+        batch: reads reference_log_probs, rollout.turn, mask, weights.
+        kl_coefs: of the first turns; the last one is that of all further. All 0.0 is off.
+        estimator: from `divergences`.
+        limit: as in `kl_penalty`.
+
+    Returns:
+        (loss, {"loss/kl", "kl/reference", "kl/turn_0" to "kl/turn_<n>", one for each coefficient: the turns'
+        shares of the token mean}).
+
+    Raises:
+        Refused: without coefficients.
+
+    Reference: Kumar et al. 2024, "Training Language Models to Self-Correct via Reinforcement Learning".
+    """
+    if not kl_coefs:
+        raise Refused("regularizers.kl_by_turn.kl_coefs is empty: give a coefficient for each turn, as (1.0, 0.1)")
+    if all(is_off(coef) for coef in kl_coefs):
+        return jnp.zeros((), jnp.float32), {}
+    log_ratio = importance.log_ratio(scores.log_probs, batch.reference_log_probs, batch.mask)
+    per_token = divergences.limited(log_ratio, estimator=estimator, limit=limit)
+    turn = jnp.minimum(batch.rollout.turn, len(kl_coefs) - 1)
+    loss = jnp.sum(jnp.asarray(kl_coefs, jnp.float32)[turn] * batch.weights * per_token)
+    raw = batch.token_weights * jax.lax.stop_gradient(log_ratio)
+    of_turns = {f"kl/turn_{k}": jnp.sum(jnp.where(turn == k, raw, 0.0)) for k in range(len(kl_coefs))}
+    return loss, {"loss/kl": jax.lax.stop_gradient(loss), "kl/reference": jnp.sum(raw), **of_turns}
 
 
 def entropy_bonus(scores: Scores, batch: Batch, *, entropy_coef: float | Array = 0.0) -> tuple[Array, Metrics]:

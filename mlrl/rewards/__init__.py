@@ -17,8 +17,10 @@ _PUBLIC = {
     ),
     "mlrl.rewards.graph": (
         "arithmetic", "countdown", "final_answer", "from_environment", "length_tokens", "overlong", "random",
-        "truncated_penalty",
+        "token_count", "truncated_penalty",
     ),
+    "mlrl.rewards.lengths": ("laser", "laser_d", "laser_de", "self_rewarded_efficiency", "truncation"),
+    "mlrl.rewards.shaped": ("centred_linear", "clip_to_deviation", "minmax", "par", "sigmoid", "standardize"),
     "mlrl.rewards.programs": ("input_found", "output_found", "tests_passed"),
     "mlrl.rewards.adapters": ("from_openrlhf", "from_trl", "from_verifiers", "from_verl"),
 }  # fmt: skip

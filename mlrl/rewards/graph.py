@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
+from mlrl import groups
 from mlrl.rewards.lifting import stateful
 from mlrl.tasks import verifiers
 from mlrl.types import Array, Prompts, Refused, RewardFn, Rollout
@@ -25,9 +28,40 @@ def countdown(rollout: Rollout, prompts: Prompts) -> Array:
     return verifiers.countdown_verifier(rollout, prompts)
 
 
+def noisy(
+    rollout: Rollout, prompts: Prompts, *, verifier: Callable[[Rollout, Prompts], Array] = arithmetic,
+    noise: float = 1.0, seed: int = 0,
+) -> dict[str, Array]:  # fmt: skip
+    """A learned verifier in miniature: the reward leans to what is right, and errs; the outcome is the verifier's.
+
+        reward = tanh(2 v - 1 + noise * e),  e ~ Normal(0, 1) by prompt and completion
+
+    As with a model, the same completion of the same prompt always gets the same score, whoever asks and when.
+
+    Args:
+      verifier: (rollout, prompts) -> v [B], 1 where right and 0 where wrong.
+      noise: standard deviation, before the tanh.
+      seed: of the errors.
+    Returns:
+      {"reward": [B] in [-1, 1], "outcome": [B]}.
+    """
+    right = verifier(rollout, prompts)
+    first, second = groups.fingerprint(jnp.where(rollout.valid, rollout.tokens, -1))
+    fold = jax.vmap(jax.random.fold_in)
+    branch = jax.random.fold_in(jax.random.key(seed), 0x6E6F6973)  # not the keys of a run with the same seed
+    keys = fold(jax.vmap(lambda data: jax.random.fold_in(branch, data))(first), second)
+    error = jax.vmap(lambda key: jax.random.normal(key))(keys)
+    return {"reward": jnp.tanh(2.0 * right - 1.0 + noise * error), "outcome": right}
+
+
 def length_tokens(rollout: Rollout, prompts: Prompts) -> Array:
     """How many tokens the policy chose in the row, the EOS included. [B] float32."""
     return rollout.action_mask.sum(axis=1).astype(jnp.float32)
+
+
+def token_count(rollout: Rollout, prompts: Prompts, *, token: int) -> Array:
+    """How often the policy chose the token with the id `token`: what a proxy may overrate. [B] float32."""
+    return (rollout.action_mask & (rollout.tokens == token)).sum(axis=1).astype(jnp.float32)
 
 
 def overlong(rollout: Rollout, prompts: Prompts, *, max_tokens: int, buffer_tokens: int) -> Array:

@@ -9,7 +9,7 @@ from mlrl import scoring
 from mlrl.models.transformer import Transformer
 from mlrl.rollouts.single_turn import single_turn
 from mlrl.sampling import GREEDY, Sampling
-from mlrl.types import Array, Params, Prompts, Rollout, RolloutFn, Vocabulary
+from mlrl.types import Array, Params, Prompts, Refused, Rollout, RolloutFn, Vocabulary
 
 
 def with_greedy_row(
@@ -40,6 +40,9 @@ def with_greedy_row(
     given = dict(vocabulary=vocabulary, policy_version=policy_version)
     if group_size == 1:
         return rollout_fn(model, params, prompts, key, sampling=sampling, group_size=1, **given)
+    if sampling.chosen_late:
+        raise Refused("with_greedy_row needs a temperature that is a number, and rounds choose it here: set "
+                      "Experiment.configure = @configurations.fixed()")  # fmt: skip
     drawn = rollout_fn(model, params, prompts, key, sampling=sampling, group_size=group_size - 1, **given)
     best = rollout_fn(model, params, prompts, key, sampling=GREEDY, group_size=1, **given)
     if sampling.temperature != 1.0:

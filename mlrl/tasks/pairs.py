@@ -35,17 +35,15 @@ def against_corrupted(task: Task, *, separator: str = "", seed: int = 0, name: s
 
     def candidates(source: Array, index: Array) -> Candidates:
         tokens, valid = task.targets(source, index)
-        is_one = (tokens[..., None] == digit_ids) & valid[..., None]
-        place, shift = jax.vmap(_choice, (None, 0, 0, 0))(seed, source, index, is_one.any(axis=-1))
-        changed = (jnp.arange(tokens.shape[1]) == place[:, None]) & is_one.any(axis=-1)
-        other = digit_ids[(jnp.argmax(is_one, axis=-1) + shift[:, None]) % 10]
+        keys = jax.vmap(_key, (None, 0, 0))(seed, source, index)
+        other, changed = one_digit_changed(keys, tokens, valid, digit_ids)
         spoiled = changed.any(axis=1, keepdims=True)
         ends = valid & (tokens[..., None] == ends_step).any(axis=-1)
         still_right = (jnp.cumsum(changed, axis=1) == 0).astype(jnp.float32)
         labels = [jnp.where(ends, 1.0, jnp.nan), jnp.where(ends & spoiled, still_right, jnp.nan)]
         outcome = [jnp.ones(len(tokens)), jnp.where(spoiled[:, 0], 0.0, jnp.nan)]
         return Candidates(
-            tokens=jnp.stack([tokens, jnp.where(changed, other, tokens)], axis=1),
+            tokens=jnp.stack([tokens, other], axis=1),
             valid=jnp.stack([valid, valid & spoiled], axis=1),
             outcome=jnp.stack(outcome, axis=1).astype(jnp.float32),
             labels=jnp.stack(labels, axis=1).astype(jnp.float32),
@@ -54,9 +52,29 @@ def against_corrupted(task: Task, *, separator: str = "", seed: int = 0, name: s
     return dataclasses.replace(task, name=name or f"{task.name}_pairs", candidates=jax.jit(candidates))
 
 
-def _choice(seed: int, source: Array, index: Array, digits: Array) -> tuple[Array, Array]:
-    """(column of a digit, how far it is moved, 1 to 9) of one example, from a mask of digits [T]."""
+def one_digit_changed(keys: Array, tokens: Array, valid: Array, digit_ids: Array) -> tuple[Array, Array]:
+    """Rows with one of their digits, drawn at random, turned into another: (tokens [B,T], changed [B,T] bool).
+
+    Args:
+      keys: [B] PRNG keys.
+      tokens: [B,T]; a row without a digit stays as it is.
+      valid: [B,T] bool, where they may be changed.
+      digit_ids: [10] the token ids of 0 to 9.
+    """
+    is_one = (tokens[..., None] == digit_ids) & valid[..., None]
+    place, shift = jax.vmap(_choice)(keys, is_one.any(axis=-1))
+    changed = (jnp.arange(tokens.shape[1]) == place[:, None]) & is_one.any(axis=-1)
+    other = digit_ids[(jnp.argmax(is_one, axis=-1) + shift[:, None]) % 10]
+    return jnp.where(changed, other, tokens), changed
+
+
+def _key(seed: int, source: Array, index: Array) -> Array:
     key = jax.random.key(seed, impl="threefry2x32")
-    place_key, shift_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, source), index))
+    return jax.random.fold_in(jax.random.fold_in(key, source), index)
+
+
+def _choice(key: Array, digits: Array) -> tuple[Array, Array]:
+    """(column of a digit, how far it is moved, 1 to 9), from a mask of digits [T]."""
+    place_key, shift_key = jax.random.split(key)
     place = jnp.argmax(jnp.where(digits, jax.random.uniform(place_key, digits.shape), -1.0))
     return place, jax.random.randint(shift_key, (), 1, 10)

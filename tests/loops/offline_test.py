@@ -15,7 +15,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
 import worlds  # noqa: E402
 
-from mlrl import advantages, reductions, runs, scoring, stored, vocabularies  # noqa: E402
+from mlrl import advantages, packing, reductions, runs, scoring, stored, vocabularies  # noqa: E402
 from mlrl.evaluation import Evaluation  # noqa: E402
 from mlrl.evaluation_stored import StoredEvaluation  # noqa: E402
 from mlrl.evaluation_stored import pairs as judged_pairs  # noqa: E402
@@ -166,3 +166,18 @@ def test_a_step_of_dpo_on_real_dialogues(tmp_path):
     lines, results = trained(dpo(task=task, evaluations=(held_out, StoredEvaluation(task, prompts=4))), tmp_path)
     assert lines[-1]["loss/dpo"] == pytest.approx(np.log(2)) and lines[-1]["grad_norm"] > 0
     assert {entry["task"] for entry in results} == {task.name, held_out.task.name}
+
+
+def test_packed_rows_train_as_padded_ones():
+    def learned(**changes):
+        parts = offline.prepare(dpo(**changes))
+        state = offline.initial_state(parts)
+        rows = jax.jit(lambda: offline._rows(parts, state.key, 0))()
+        room = bool(packing.lay_out(rows.rollout.valid, 6, 16).fits)
+        return room, jax.jit(functools.partial(offline.learn, parts))(state, rows)[1]
+
+    room, found = learned(score_fn=functools.partial(packing.score, rows=6, columns=16))
+    wanted = learned()[1]
+    assert room
+    for name in ("loss", "grad_norm", "entropy"):
+        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5, err_msg=name)

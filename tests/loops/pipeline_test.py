@@ -110,7 +110,7 @@ def test_weights_go_to_other_devices_in_parts_and_by_no_host(sizes, monkeypatch)
     ({"steps_per_dispatch": 2, "reward_fn": worlds.noisy_verifier()}, "a step ahead"),
     ({"rollout_mesh": meshes.others, "mesh": meshes.mesh}, "set meshes.mesh.devices to fewer"),
     ({"rollout_mesh": meshes.others, "mesh": functools.partial(meshes.mesh, devices=3)}, "must divide the other"),
-], ids=str)  # fmt: skip
+], ids=["two", "refill", "dispatch", "no others", "uneven"])  # fmt: skip
 def test_what_cannot_be_ahead_is_refused(changes, message):
     with pytest.raises(Refused, match=message):
         online.prepare(sums(**changes))

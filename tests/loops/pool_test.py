@@ -59,3 +59,17 @@ def test_a_selection_in_numbers():
     np.testing.assert_allclose(found["selection/distinct_per_prompt"], 1.0)  # 6 is kept twice and counts once
     nothing = pool.selection_metrics(rows(), np.zeros(8, bool), 2)
     assert set(nothing.values()) == {0.0}
+
+
+def test_exploration_by_hand_leaves_out_a_prompt_with_an_unscored_row():
+    """Prompts: two right and different; two right and equal; one right, whose reward is the lower; one unscored."""
+    batch = build([[0, 1, 1]] * 8, [0.9, 0.5, 0.5, 0.5, 0.1, 0.4, 1, 1], group=[0, 0, 1, 1, 2, 2, 3, 3],
+                  outcome=[1, 1, 1, 1, 1, 0, 1, 1], scored=[True] * 7 + [False])  # fmt: skip
+    tokens = np.repeat(np.array([0, 1, 2, 2, 4, 5, 6, 7], np.int32)[:, None], 3, 1)
+    found = pool.exploration_metrics(jax.device_get(batch.replace(rollout=batch.rollout.replace(tokens=tokens))), 2)
+    assert found == {
+        "explore/unique_right_per_prompt": np.float32(4 / 3), "explore/unique_share": np.float32(5 / 6),
+        "explore/pass@1": np.float32(5 / 6), "explore/pass@2": 1.0, "exploit/best_of_2": np.float32(2 / 3),
+    }  # fmt: skip
+    nobody = batch.replace(rewards=batch.rewards.replace(scored=np.zeros(8, bool)))
+    assert all(np.isnan(value) for value in pool.exploration_metrics(jax.device_get(nobody), 2).values())

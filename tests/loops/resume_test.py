@@ -16,8 +16,10 @@ sys.path.insert(0, str(HERE))
 import worlds  # noqa: E402
 from worlds import assert_same, logged  # noqa: E402
 
-from mlrl import runs  # noqa: E402
+from mlrl import curricula, runs  # noqa: E402
 from mlrl.loops import online  # noqa: E402
+from mlrl.rewards import graph, lengths  # noqa: E402
+from mlrl.tasks import puzzles  # noqa: E402
 
 
 def train(folder, **changes):
@@ -50,6 +52,19 @@ def test_host_rewards_and_their_state_resume_too(tmp_path):
     whole = train(tmp_path / "whole", reward_fn=worlds.first_digit, num_steps=8, evaluations=())
     train(tmp_path / "parts", reward_fn=worlds.first_digit, num_steps=3, evaluations=())
     assert_same(whole, train(tmp_path / "parts", reward_fn=worlds.first_digit, num_steps=8, evaluations=()))
+
+
+def test_a_curriculum_and_a_reward_that_adapt_resume_too(tmp_path):
+    """DUMP's rows and LASER-D's lengths: saved at step 4, in the middle of a window of three steps."""
+    levels = puzzles.arithmetic_levels(digits=(1, 2))
+    reward = lengths.laser_d(graph.arithmetic, lower_tokens=1, step_tokens=1, max_tokens=3, every_steps=3)
+    adapting = dict(task=levels, reward_fn=reward, curriculum=curricula.dump(window=20), evaluations=(), minibatches=1)
+    whole = train(tmp_path / "whole", num_steps=8, **adapting)
+    train(tmp_path / "parts", num_steps=4, **adapting)
+    assert_same(whole, train(tmp_path / "parts", num_steps=8, **adapting))
+    weights = [line["curriculum/plus_2x1"] for line in logged(tmp_path / "parts")[1:]]
+    assert weights[0] == 0.5 and len(set(weights)) > 1
+    assert int(whole.curriculum["rows"].sum()) == 8 * 32 and int(whole.reward["own"]["calls"]) == 8
 
 
 def test_kill_9_at_a_random_moment_loses_nothing(undisturbed, tmp_path):

@@ -192,7 +192,7 @@ def test_what_cannot_be_one_program_is_refused_with_the_numbers():
 
 
 def test_configurations_may_differ_in_the_seed_only():
-    follows = "SEED = {}\nonline.Experiment.seed = %SEED"
+    follows = "SEED = {}\nonline.Experiment.seed = %SEED\nstart.from_run.seed = %SEED"
     folders.require_only_seeds_differ([follows.format(n) for n in (0, 1)], [0, 1], range(2))
     with pytest.raises(Refused, match="differ in nothing else, but the experiment binds graph.random.seed = %SEED"):
         folders.require_only_seeds_differ([follows + "\ngraph.random.seed = %SEED"], [0], range(1))

@@ -40,6 +40,7 @@ LOSSES = {
     ),
     "kl_penalty": with_(regularizers.kl_penalty, kl_coef=0.1),
     "kl_penalty_k2": with_(regularizers.kl_penalty, kl_coef=0.1, estimator=divergences.k2, limit=0.5),
+    "kl_by_turn": with_(regularizers.kl_by_turn, kl_coefs=(0.1, 0.3)),
     "entropy_bonus": with_(regularizers.entropy_bonus, entropy_coef=0.1),
     "high_entropy_only": with_(regularizers.high_entropy_only, share=0.5),
     "clip_cov": with_(regularizers.clip_cov, low=0.05),

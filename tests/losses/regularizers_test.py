@@ -10,6 +10,7 @@ from batches import build, jit_and_plain
 
 from mlrl import divergences, reductions
 from mlrl.losses import policy, regularizers
+from mlrl.types import Refused
 
 
 def rows(values, **given):
@@ -46,6 +47,27 @@ def test_a_traced_coefficient_of_zero_is_not_off():
     f = jax.jit(lambda c: regularizers.kl_penalty(scores, batch, kl_coef=c))
     assert float(f(0.0)[0]) == 0.0 and "kl/reference" in f(0.0)[1]
     assert float(f(0.2)[0]) == pytest.approx(2 * float(f(0.1)[0]), rel=1e-6)
+
+
+@jit_and_plain
+def test_kl_by_turn_by_hand(wrap):
+    scores, batch = rows([[-1.0, -1.0, -1.0]], reference_log_probs=[[0.0, -3.0, -2.0]])  # log-ratios -1, 2 and 1
+    batch = batch.replace(rollout=batch.rollout.replace(turn=jnp.asarray([[0, 1, 2]])))
+    f = functools.partial(regularizers.kl_by_turn, kl_coefs=(0.3, 0.6))  # the last is that of turn 2 too
+    loss, metrics = wrap(f)(scores, batch)
+    assert float(loss) == pytest.approx((0.3 * 0.5 + 0.6 * 2.0 + 0.6 * 0.5) / 3, rel=1e-6)
+    assert float(metrics["kl/turn_0"]) == pytest.approx(-1 / 3) and float(metrics["kl/turn_1"]) == pytest.approx(1.0)
+    gradient = wrap(jax.grad(lambda s: f(s, batch)[0]))(scores).log_probs
+    np.testing.assert_allclose(gradient, np.array([[-0.3, 1.2, 0.6]]) / 3, rtol=1e-5)
+
+
+def test_kl_by_turn_is_kl_penalty_where_turns_weigh_the_same_and_may_be_off():
+    scores, batch = rows([[-1.0, -1.0]], reference_log_probs=[[0.0, -3.0]])
+    same = regularizers.kl_penalty(scores, batch, kl_coef=0.1, estimator=divergences.k2)[0]
+    assert float(regularizers.kl_by_turn(scores, batch, kl_coefs=(0.1, 0.1))[0]) == pytest.approx(float(same))
+    assert regularizers.kl_by_turn(scores, batch, kl_coefs=(0.0, 0.0))[1] == {}
+    with pytest.raises(Refused, match="kl_coefs is empty"):
+        regularizers.kl_by_turn(scores, batch, kl_coefs=())
 
 
 @jit_and_plain

@@ -118,7 +118,8 @@ def test_with_models(jit):
 
     def update(scale):
         models = Models(
-            generate=None, score=lambda rollout: scale * rollout.valid.sum(axis=1), reference=None
+            generate=None, score=lambda rollout: scale * rollout.valid.sum(axis=1), reference=None,
+            generate_reference=None,
         )
         return reward.update((), rollout_of(TEXTS), prompts_of(3), None, models)[0]
 

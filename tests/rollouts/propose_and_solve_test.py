@@ -126,7 +126,7 @@ def test_a_demonstration_has_no_attempts_and_is_unscored():
     task = triplets.propose()
     prompts = prompts_lib.draw(task, jax.random.key(0), 0, 4, weights)
     rollout = prompts_lib.demonstrations(task, jax.random.key(0), 0, 4, weights)
-    models = Models(None, None, None)
+    models = Models(None, None, None, None)
     rewards, _ = reward.update(reward.init(), rollout, prompts, task, models)
     assert not rewards.scored.any() and (rewards.outcome == 1).all() and (rewards.tokens == 0).all()
 
