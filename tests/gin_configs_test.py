@@ -12,6 +12,7 @@ import pytest
 
 from mlrl import checkpoints, main, meshes, runs, selection
 from mlrl.loops import offline, online, states
+from mlrl.loops.checks import meshes_of
 from mlrl.loops.start import random_parameters
 from mlrl.models import pretrained
 from mlrl.models.transformer import Config, Transformer, initialize
@@ -240,7 +241,7 @@ def test_a_method_trains_a_deep_model(tmp_path):
 
 
 def test_the_files_of_meshes_are_those_that_are_tested():
-    assert {path.stem for path in REPO.glob("gin/meshes/*.gin")} == {*MESHES, "rollout_tensor"}
+    assert {path.stem for path in REPO.glob("gin/meshes/*.gin")} == {*MESHES, "rollout_tensor", "apart"}
 
 
 @pytest.mark.parametrize("name", MESHES)
@@ -259,6 +260,16 @@ def test_rollouts_may_be_on_another_mesh_than_the_update(tmp_path):
     experiment, _ = main.load(str(path))
     _, parts = main._prepared(experiment)
     assert "8 device(s): fsdp 8, and for rollouts 8 device(s): data 4 x tensor 2" in online.describe(parts)
+
+
+def test_rollouts_may_have_devices_of_their_own(tmp_path):
+    path = compose("grpo", tmp_path)
+    path.write_text(path.read_text() + "include 'gin/meshes/apart.gin'\nLEARNERS = 4\n")
+    experiment, _ = main.load(str(path))
+    _, parts = main._prepared(experiment)
+    assert not set(parts.experiment.mesh().devices.flat) & set(meshes_of(experiment)[1].devices.flat)
+    words = online.describe(parts)
+    assert "4 device(s): fsdp 4, and for rollouts 4 device(s): data 4" in words and "one update old" in words
 
 
 @pytest.mark.parametrize("method", ["grpo", "remax"])
