@@ -29,7 +29,8 @@ MESHES = {
 FILES = sorted(path.relative_to(REPO).as_posix() for path in REPO.glob("gin/**/*.gin")) + EXPERIMENTS
 LOADED_QUICKLY = {"experiments/quickstart/grpo.gin", "experiments/quickstart/random_reward.gin"}
 # make test-all runs them all
-RUN_QUICKLY = {"experiments/quickstart/grpo.gin", "experiments/preferences/dpo.gin", "ppo", "kto"}
+RUN_QUICKLY = {"experiments/quickstart/grpo.gin", "experiments/preferences/dpo.gin", "experiments/spiral/kuhn.gin",
+               "ppo", "kto"}  # fmt: skip
 
 WITH_VALUES = {"ppo", "ma_ppo", "ppo_shared", "reward_model", "process_reward_model"}
 

@@ -1,10 +1,15 @@
-"""The SPIRAL study: its files are there, and curves are read."""
+"""The SPIRAL study in its tiny form: it runs, keeps what is done, and makes its table and plot."""
 
+import json
 import pathlib
+import sys
+
+import pytest
 
 from experiments.spiral import compare
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
+TINY = {"STEPS": 2, "WARM_STEPS": 1, "ROWS_PER_PROMPT": 2, "EVERY_STEPS": 2, "MATCH_EVERY_STEPS": 2}
 
 
 def test_every_arm_has_a_file():
@@ -16,3 +21,21 @@ def test_every_arm_has_a_file():
 def test_parts_of_a_curve():
     curve = {0: 5.0, 60: 3.0, 80: 1.0, 100: 2.0}
     assert [compare.number(curve, part) for part in ("first", "last", "late")] == [5.0, 2.0, 1.5]
+
+
+@pytest.mark.slow
+def test_a_tiny_study_makes_a_table_and_a_plot(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(REPO)
+    words = [f"--gin.{name}={value}" for name, value in TINY.items()]
+    monkeypatch.setattr(sys, "argv", ["compare", str(tmp_path), "--seeds", "2", "--games", "kuhn", "--arms", "role",
+                                      "none", *words])  # fmt: skip
+    compare.compare()
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:5]] == ["| warm start", "| role", "| none"]
+    assert (tmp_path / "plot.png").stat().st_size > 0
+    one, other = (json.loads((tmp_path / f"kuhn-{arm}/seed_1/metrics.jsonl").read_text().splitlines()[0])
+                  for arm in ("role", "none"))  # fmt: skip
+    assert one["eval/kuhn_poker/exploitability"] == other["eval/kuhn_poker/exploitability"]  # the same start
+    changed = (tmp_path / "kuhn-role/done.json").stat().st_mtime
+    compare.compare()
+    assert (tmp_path / "kuhn-role/done.json").stat().st_mtime == changed

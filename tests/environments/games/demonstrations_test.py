@@ -32,6 +32,22 @@ def moves(task, rows, **settings):
     return found, rollout
 
 
+def test_rows_of_kuhn_poker_are_its_information_sets():
+    found, rollout = moves(kuhn_poker.prompts(), 800, **KUHN)
+    sets = kuhn_poker.information_sets()
+    place = {tuple(t[v].tolist()): i for i, (t, v) in enumerate(zip(np.asarray(sets.tokens), np.asarray(sets.valid)))}
+    counts = np.zeros((12, 4), int)
+    for b, before, (move, end) in found:
+        row = place[tuple(before)]
+        counts[row, kuhn_poker.MOVES.index(VOCABULARY.decode([move]))] += 1
+        assert end == EOS and rollout.role[b] == b % 2 == (3 <= row < 9)
+    assert counts[:3].sum() == 400  # one first move a game
+    bets = counts[:3, kuhn_poker.BET].sum()
+    assert counts[6:9].sum() == bets and counts[3:6].sum() == 400 - bets  # and one answer
+    assert counts[9:].sum() == counts[3:6, kuhn_poker.BET].sum()
+    assert 150 < bets < 250 and (counts[:6, 2:] == 0).all() and (counts[6:, :2] == 0).all()
+
+
 def test_a_row_of_tic_tac_toe_holds_all_moves_of_a_player():
     found, _ = moves(tic_tac_toe.prompts(), 8, **TIC_TAC_TOE)
     written = {}
