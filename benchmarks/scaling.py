@@ -49,11 +49,14 @@ def formula(kind: str, devices: int) -> tuple[float, float]:
 
     State: P and two moments, 3 P, or 3 P / n where they are split. Sent: prompts and rows are read apart, and for each
     of the two the gradients are summed, 2 P (n - 1) / n; with fsdp parameters are gathered for the forward pass, for
-    its repetition and for the backward pass, and gradients summed into parts, 4 P (n - 1) / n. What prompts cost, whose
-    keys and values go to every device, is not in it.
+    its repetition and for the backward pass, and gradients summed into parts, 4 P (n - 1) / n. Keys and values of all
+    prompts, K bytes, which grow with n, go to every device, forward and for the repetition, and their gradients are
+    summed: 4 K (n - 1) / n.
     """
     p, share = 4.0 * parameter_count(MODEL), (devices - 1) / devices
-    return (3 * p, 4 * p * share) if kind == "data" else (3 * p / devices, 8 * p * share)
+    k = 4.0 * PROMPTS * devices * PROMPT * MODEL.layers * 2 * MODEL.kv_heads * MODEL.head_width
+    held, weights = (3 * p, 4 * p) if kind == "data" else (3 * p / devices, 8 * p)
+    return held, (weights + 4 * k) * share
 
 
 def main():
@@ -72,7 +75,8 @@ def main():
             lines.append(f"| {kind} | {devices} | {mib(arguments)} | {mib(state)} | {mib(temporaries)} | {mib(sent)} | "
                          f"{mib(wanted)} |")  # fmt: skip
             print(lines[-1], flush=True)
-    lines += ["", "What is sent beyond the formula grows with the devices: prompts' keys and values are gathered on all."]  # noqa: E501
+    lines += ["", "Keys and values of all prompts go to every device: that is what grows beyond (n - 1) / n. Rows that",
+              "are read whole (`forward = scoring.whole_rows()`) do without."]  # fmt: skip
     pathlib.Path(__file__).with_name("SCALING.md").write_text("\n".join(lines) + "\n")
 
 
