@@ -137,8 +137,8 @@ def decode(model: Transformer, params: Params, choose: Callable[..., tuple[Array
     for until, following in zip((*grow_at, steps), (*grow_at[1:], steps, steps)):
         look = seen[:, : seen.shape[1] - (steps - until)]
         carry = lax.while_loop(functools.partial(unfinished, until), functools.partial(step, look), carry)
-        if following > until:
-            carry = (carry[0], widen_caches(carry[1], 1, following - until), *carry[2:])
+        if following > until:  # by now t is `until`, or every row is done; said so, the turns that are left are known
+            carry = (jnp.int32(until), widen_caches(carry[1], 1, following - until), *carry[2:])
     _, caches, _, tokens, log_probs, written, done = carry
     return Written(tokens, log_probs, written, done & ~silent, caches)
 

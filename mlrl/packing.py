@@ -116,10 +116,3 @@ def _packed_scores(model: Transformer, params: Params, rollout: Rollout, layout:
     states = lambda trunk: model.apply({"params": params}, tokens, positions, mask, method=trunk)[0][:, :-1]  # noqa: E731
     laid = rollout.replace(tokens=tokens, valid=segment > 0)
     return scoring.scores_of_states(model, params, laid, states, first_column=1, **settings)
-
-
-def padding_share(valid: Array, rows: int, columns: int) -> Array:
-    """The share of a packed micro-batch's columns that hold no token, or of its rows' own columns if it does not fit.
-    """
-    tokens, layout = jnp.sum(valid), lay_out(valid, rows, columns)
-    return 1.0 - tokens / jnp.where(layout.fits, rows * columns, valid.size)

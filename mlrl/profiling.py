@@ -134,8 +134,7 @@ class Trace:
                          self._folder)  # fmt: skip
 
 
-def shares(cost: Cost | None, line: dict[str, float], seconds: float, peak: Peak | None,
-           devices: int) -> dict[str, float]:  # fmt: skip
+def shares(cost: Cost | None, line: dict[str, float], seconds: float, peak: Peak | None) -> dict[str, float]:
     """FLOP/s of a step by formula, and their share of what the devices can do (MFU); {} where the cost is not known.
 
     Decoding counts up to the longest row, where that is the number of turns it can take.
@@ -145,7 +144,7 @@ def shares(cost: Cost | None, line: dict[str, float], seconds: float, peak: Peak
     longest = line.get("length/max", 0.0)
     done = min(1.0, longest / (cost.decode_turns + 1)) if longest else 1.0
     rate = (cost.flops + cost.decode_flops * done) / seconds
-    return {"flops_per_second": rate} | ({"mfu": rate / (peak.flops * devices)} if peak else {})
+    return {"flops_per_second": rate} | ({"mfu": rate / (peak.flops * cost.devices)} if peak else {})
 
 
 def peak() -> Peak | None:

@@ -183,7 +183,7 @@ class Run:
         counted = {"seconds/step": seconds, "compilations": monitoring.compilations()}
         for line in lines:
             line |= counted | {"tokens_per_second": line["tokens"] / seconds}
-            line |= profiling.shares(self._cost, line, seconds, profiling.peak(), jax.device_count())
+            line |= profiling.shares(self._cost, line, seconds, profiling.peak())
         lines[-1] |= self._timed_phases(seconds, lines[-1]["tokens"])
         results = self._evaluated(state, step)
         lines[-1] |= _flat(results)

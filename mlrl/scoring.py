@@ -63,9 +63,10 @@ def score(model: Transformer, params: Params, rollout: Rollout, *, temperature: 
     seen = (rollout.tokens, row_positions(rollout.valid), causal_mask(rollout.valid))
     # The states in which the scored tokens were chosen.
     states = lambda trunk: model.apply({"params": params}, *seen, method=trunk)[0][:, first_column - 1 : -1]  # noqa: E731
-    return scores_of_states(model, params, rollout, states, temperature=temperature, first_column=first_column,
-                   chunk_columns=chunk_columns, chunk_vocabulary=chunk_vocabulary, with_logits=with_logits,
-                   top_tokens=top_tokens)  # fmt: skip
+    return scores_of_states(
+        model, params, rollout, states, temperature=temperature, first_column=first_column,
+        chunk_columns=chunk_columns, chunk_vocabulary=chunk_vocabulary, with_logits=with_logits, top_tokens=top_tokens,
+    )  # fmt: skip
 
 
 class Prefix(NamedTuple):
@@ -162,9 +163,11 @@ def begin_with_prompts(prompts: Prompts, rollout: Rollout) -> Array:
     return jnp.all(same & (valid == prompts.valid[mine]), axis=1)
 
 
-def scores_of_states(model: Transformer, params: Params, rollout: Rollout, states: Callable[[Callable], Array], *,
-            first_column: int, temperature: float = 1.0, chunk_columns: int = 0, chunk_vocabulary: int = 0,
-            with_logits: bool = False, top_tokens: int = 0) -> Scores:  # fmt: skip
+def scores_of_states(
+    model: Transformer, params: Params, rollout: Rollout, states: Callable[[Callable], Array], *, first_column: int,
+    temperature: float = 1.0, chunk_columns: int = 0, chunk_vocabulary: int = 0, with_logits: bool = False,
+    top_tokens: int = 0,
+) -> Scores:  # fmt: skip
     """Scores of the columns from `first_column`, of a trunk's states before each of them: states(trunk) [B,*,D]."""
     apply = lambda *args, **kwargs: model.apply({"params": params}, *args, **kwargs)  # noqa: E731
     before, tokens = states(Transformer.__call__), rollout.tokens[:, first_column:]

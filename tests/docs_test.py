@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 def test_the_pages_have_the_examples_that_they_are_for():
     shown = {page: [name for where, _, name, _ in BLOCKS if where == page and name] for page in TEXTS}
     assert shown["README.md"] == ["my_rewards.py", "my_experiment.gin"]
-    assert len(shown["docs/own_reward.md"]) >= 6 and len(shown["docs/own_method.md"]) >= 4
+    assert len(shown["docs/own_reward.md"]) >= 6 and len(shown["docs/own_parts.md"]) >= 4
     assert len(FILES) == sum(map(len, shown.values())), "two blocks are files of the same name"
 
 
@@ -61,7 +61,8 @@ def test_the_page_of_the_sandbox_says_what_came_out(folder):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_can_be_prepared_and_uses_all_that_it_binds(name, folder):
     experiment, _ = main.load(name)
-    main._prepared(experiment)
+    loop, parts = main._prepared(experiment)  # refuses what cannot work, and what nothing uses
+    assert parts.experiment is experiment and loop.__name__.startswith("mlrl.loops.")
 
 
 def test_the_reward_of_the_readme_is_right():

@@ -284,6 +284,15 @@ def test_rows_are_decoded_in_slots_by_an_include(method, tmp_path):
         prepared(path)
 
 
+def test_caches_grow_by_an_include(tmp_path):
+    path = compose("grpo", tmp_path)
+    path.write_text(path.read_text() + "include 'gin/rollouts/growing.gin'\nGROW_AT = (1, 2)\n")
+    prepared(path)  # the bindings are used
+    path.write_text(path.read_text() + "GROW_AT = (2, 1)\n")
+    with pytest.raises(Refused, match="generate.grow_at must be ascending"):
+        prepared(path)
+
+
 def test_a_method_that_asks_for_too_much_is_refused(tmp_path):
     path = compose("ppo_shared", tmp_path)
     path.write_text(path.read_text() + "transformer.Config.value_head = False\n")

@@ -10,7 +10,7 @@ import pytest
 from mlrl import packing, scoring
 from mlrl.models.fused import by_platform
 from mlrl.models.transformer import Config, Transformer, initialize
-from mlrl.types import Refused, Rollout
+from mlrl.types import Prompts, Refused, Rollout
 
 V, B, L = 13, 10, 12
 SHAPE = dict(vocabulary_size=V, width=16, layers=2, heads=2, kv_heads=1, head_width=8, mlp_width=24, value_head=True)
@@ -75,7 +75,8 @@ def test_a_heavy_tail_leaves_less_than_a_tenth_of_padding():
         lengths = np.minimum(np.random.default_rng(seed).geometric(1 / 24, 256), 128)
         valid = jnp.arange(128) < lengths[:, None]
         rows = -(-int(lengths.sum()) // 256) + 1  # a row of 256 tokens more than there are tokens for
-        shares.append(float(jax.jit(packing.padding_share, static_argnums=(1, 2))(valid, rows, 256)))
+        assert bool(jax.jit(packing.lay_out, static_argnums=(1, 2))(valid, rows, 256).fits)
+        shares.append(1 - lengths.sum() / (rows * 256))
         plain.append(1 - lengths.mean() / 128)
     assert max(shares) < 0.1 < 0.7 < min(plain)
 
@@ -93,3 +94,14 @@ def test_kernels_that_know_only_causal_masks_are_refused():
     model = Transformer(Config(**SHAPE, attention=by_platform))
     with pytest.raises(Refused, match="attention.attend"):
         packing.score(model, initialize(model, jax.random.key(0)), rows(), rows=4, columns=24)
+
+
+def test_the_online_loop_s_forward_scores_the_columns_after_the_prompt():
+    model, rollout = Transformer(Config(**SHAPE)), rows()
+    params = initialize(model, jax.random.key(0))
+    prompts = Prompts(rollout.tokens[:, :4], rollout.valid[:, :4], jnp.zeros(B, jnp.int32), jnp.arange(B), {})
+    found, wanted = (jax.jit(lambda f=f: f.score(model, params, prompts, rollout, *f.prepare(model, params, prompts)))()
+                     for f in (packing.packed(rows=4, columns=16), scoring.whole_rows()))  # fmt: skip
+    counted = rollout.valid & (jnp.cumsum(rollout.valid, 1) > 1)
+    np.testing.assert_allclose(found.log_probs, jnp.where(counted, wanted.log_probs, 0.0), atol=2e-5)
+    assert not bool(jnp.any(found.log_probs[:, :4])) and bool(jnp.any(found.log_probs[:, 4:]))

@@ -72,10 +72,10 @@ def test_a_run_logs_flops_by_formula(run):
 
 def test_shares_by_hand():
     line = {"length/max": 6.0}
-    found = profiling.shares(Cost(100.0, 40.0, 9), line, 2.0, Peak(20.0, 1.0), 4)
+    found = profiling.shares(Cost(100.0, 40.0, 9, devices=4), line, 2.0, Peak(20.0, 1.0))
     assert found == {"flops_per_second": pytest.approx(62.0), "mfu": pytest.approx(62.0 / 80.0)}
-    assert profiling.shares(None, line, 2.0, Peak(20.0, 1.0), 4) == {}
-    assert profiling.shares(Cost(100.0), {}, 2.0, None, 4) == {"flops_per_second": 50.0}
+    assert profiling.shares(None, line, 2.0, Peak(20.0, 1.0)) == {}
+    assert profiling.shares(Cost(100.0), {}, 2.0, None) == {"flops_per_second": 50.0}
 
 
 def test_peaks_are_those_of_a_jax_device():

@@ -36,11 +36,13 @@ class Cost(NamedTuple):
     flops         matrix products that are made whatever rows say
     decode_flops  those of decoding, if every row went on to its last column
     decode_turns  turns of decoding, if every row did
+    devices       how many they are
     """
 
     flops: float
     decode_flops: float = 0.0
     decode_turns: int = 0
+    devices: int = 1
 
 
 def of_step(parts: Any, programs: Mapping[str, Any]) -> Cost:
@@ -52,7 +54,7 @@ def of_step(parts: Any, programs: Mapping[str, Any]) -> Cost:
                 found = products(program.function.trace(*program.arguments).jaxpr)
             total = Cost(total.flops + counts[name] * found.outside, total.decode_flops + counts[name] * found.inside,
                          total.decode_turns + found.turns)  # fmt: skip
-    return total
+    return total._replace(devices=len({device for one in programs.values() for device in one.mesh.devices.flat}))
 
 
 def runs(parts: Any, programs: Iterable[str]) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -53,44 +54,8 @@ def on_host(
         require_whole("on_host", name, value, 1)
     if jax.process_count() > 1:
         raise Refused("on_host: an environment on the host is for runs of one process: write one in the graph")
-    kept: collections.OrderedDict[tuple, Any] = collections.OrderedDict()
-    vocabulary = task.vocabulary
-
-    def example_of(row: dict[str, Any]) -> Mapping[str, Any]:
-        if not task.in_graph:
-            return task.example(int(row["source"]), int(row["index"]))
-        return {"prompt": vocabulary.decode(row["prompt"][row["valid"]]), **row["example"]}
-
-    def played(row: dict[str, Any], said: list[list[int]]) -> tuple[str, float, bool]:
-        """The answer to the last of an episode's turns, from its state before or else from its beginning."""
-        spoken, episode = tuple(map(tuple, said)), tuple(int(row[name]) for name in ("source", "index", "number"))
-        key, example = (*episode, spoken[:-1]), example_of(row)
-        if key in kept:
-            state, turns = kept.pop(key), said[-1:]
-        else:
-            state, turns = _asked("reset", reset, example, example), said
-        for tokens in turns:
-            state, *answer = _answered(step, state, vocabulary.decode(tokens), example)
-        if not answer[-1]:
-            kept[(*episode, spoken)] = state
-            while len(kept) > _KEPT:
-                kept.popitem(last=False)
-        return tuple(answer)
-
-    def ask(state: dict[str, Any]) -> tuple[np.ndarray, ...]:
-        state = jax.tree.map(np.asarray, state)
-        shape = state["turn"].shape
-        told = np.full((*shape, observation_tokens), vocabulary.pad_id, np.int32)
-        count, reward, done = np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.ones(shape, bool)
-        for at in np.ndindex(shape):
-            row = jax.tree.map(operator.itemgetter(at), state)
-            spoken = [row["said"][k, : row["lengths"][k]].tolist() for k in range(int(row["turn"]))]
-            if not spoken[-1]:
-                continue  # an episode that is over: nothing was said
-            text, reward[at], done[at] = played(row, spoken)
-            ids = vocabulary.encode(text)[:observation_tokens]
-            told[at][: len(ids)], count[at] = ids, len(ids)
-        return told, count, reward, done
+    episodes, vocabulary = _Episodes(task, reset, step), task.vocabulary
+    answer = functools.partial(_answers, episodes, observation_tokens)
 
     def first(key: Array, given: dict[str, Array]) -> dict[str, Array]:
         said = jnp.full((max_turns, max_turn_tokens), vocabulary.pad_id, jnp.int32)
@@ -106,7 +71,7 @@ def on_host(
                          "turn": at + 1}  # fmt: skip
         shapes = [jax.ShapeDtypeStruct((observation_tokens,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32),
                   jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.bool_)]  # fmt: skip
-        return state, *jax.pure_callback(ask, shapes, state, vmap_method="broadcast_all")
+        return state, *jax.pure_callback(answer, shapes, state, vmap_method="broadcast_all")
 
     def given(prompts: Prompts) -> dict[str, Array]:
         found = {"source": prompts.source, "index": prompts.index}
@@ -115,6 +80,53 @@ def on_host(
         return jax.tree.map(jnp.asarray, found)
 
     return Environment(first, further, observation_tokens, given)
+
+
+class _Episodes:
+    """Episodes that go on, by their prompt and what was said so far, each state for one use."""
+
+    def __init__(self, task: Task, reset: Callable, step: Callable):
+        self._task, self._reset, self._step = task, reset, step
+        self._kept: collections.OrderedDict[tuple, Any] = collections.OrderedDict()
+        self.vocabulary = task.vocabulary
+
+    def played(self, row: dict[str, Any], said: list[list[int]]) -> tuple[str, float, bool]:
+        """The answer to the last of an episode's turns, from its state before or else from its beginning."""
+        spoken, episode = tuple(map(tuple, said)), tuple(int(row[name]) for name in ("source", "index", "number"))
+        key, example = (*episode, spoken[:-1]), self._example(row)
+        if key in self._kept:
+            state, turns = self._kept.pop(key), said[-1:]
+        else:
+            state, turns = _asked("reset", self._reset, example, example), said
+        for tokens in turns:
+            state, *answer = _answered(self._step, state, self.vocabulary.decode(tokens), example)
+        if not answer[-1]:
+            self._kept[(*episode, spoken)] = state
+            while len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+        return tuple(answer)
+
+    def _example(self, row: dict[str, Any]) -> Mapping[str, Any]:
+        if not self._task.in_graph:
+            return self._task.example(int(row["source"]), int(row["index"]))
+        return {"prompt": self.vocabulary.decode(row["prompt"][row["valid"]]), **row["example"]}
+
+
+def _answers(episodes: _Episodes, observation_tokens: int, state: dict[str, Any]) -> tuple[np.ndarray, ...]:
+    """What every episode of a batch of states is answered: observations, their lengths, rewards, whether it is over."""
+    state = jax.tree.map(np.asarray, state)
+    shape, vocabulary = state["turn"].shape, episodes.vocabulary
+    told = np.full((*shape, observation_tokens), vocabulary.pad_id, np.int32)
+    count, reward, done = np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.ones(shape, bool)
+    for at in np.ndindex(shape):
+        row = jax.tree.map(operator.itemgetter(at), state)
+        spoken = [row["said"][k, : row["lengths"][k]].tolist() for k in range(int(row["turn"]))]
+        if not spoken[-1]:
+            continue  # an episode that is over: nothing was said
+        text, reward[at], done[at] = episodes.played(row, spoken)
+        ids = vocabulary.encode(text)[:observation_tokens]
+        told[at][: len(ids)], count[at] = ids, len(ids)
+    return told, count, reward, done
 
 
 def _asked(name: str, f: Callable, example: Mapping[str, Any], *arguments: Any) -> Any:

@@ -15,6 +15,7 @@ import optax
 
 from mlrl import controllers, meshes, optimizers, reductions, runs, scoring, stored
 from mlrl.controllers import Controlled
+from mlrl.costs.work import of_step
 from mlrl.evaluation import AnyEvaluation, Results, evaluator
 from mlrl.loops import checks, stages
 from mlrl.loops import describe as describe_
@@ -126,7 +127,8 @@ def train(experiment: Experiment, run: runs.Run) -> TrainState:
         state = run.restore_or(abstract_state(parts), lambda: initial_state(parts), mesh)
         evaluate = evaluator(experiment.evaluations, parts.model, experiment.rollout_fn, parts.reference_model)
         next_rows, take_step = row_source(parts), jitted(parts)["update"]
-        if experiment.stop(run.begin(experiment.task, experiment.num_steps, evaluate, state)):
+        cost = lambda: of_step(parts, programs(parts))  # noqa: E731
+        if experiment.stop(run.begin(experiment.task, experiment.num_steps, evaluate, state, cost)):
             return state
         for step in range(int(state.step), experiment.num_steps):
             state, metrics, batch = take_step(state, next_rows(state, step))

@@ -11,7 +11,8 @@ clip bounds the distance from that one. With `scoring.recomputed_log_probs` the 
 update, and `losses.corrections` weigh rows by how much likelier they have become.
 
 The rows in waiting are part of the state, `TrainState.pending`, and so of every checkpoint: a run that goes on from one
-learns from the very rows that it would have learned from.
+learns from the very rows that it would have learned from. So the rows after the last step are sampled too: the run may
+be made longer.
 
 Reference: Noukhovitch et al. 2024, "Asynchronous RLHF" (their one-step off-policy form).
 """

@@ -21,7 +21,7 @@ from jax import lax
 
 from mlrl import axes, meshes
 from mlrl.models.attention import soft_cap
-from mlrl.types import Array
+from mlrl.types import Array, Refused
 
 _NEVER = jnp.finfo(jnp.float32).min
 
@@ -79,7 +79,12 @@ def likeliest(hidden: Array, kernel: Array, head: Head, count: int) -> tuple[Arr
     """The `count` likeliest tokens of every position and their log-probs: ([B,T,count] int32, float32).
 
     In order of probability; of equals the one with the lower id is first. No gradient is taken through it.
+
+    Raises: Refused, if the vocabulary has fewer tokens.
     """
+    if count > kernel.shape[0]:
+        raise Refused(f"the {count} likeliest tokens are asked for, of a vocabulary of {kernel.shape[0]}: set "
+                      "Experiment.reference_tokens to fewer, or to 0 for all")  # fmt: skip
     shape = (*hidden.shape[:-1], count)
     best = (jnp.full(shape, _NEVER), jnp.zeros(shape, jnp.int32))
 

@@ -56,7 +56,8 @@ def test_what_works_is_prepared(changes):
 
 
 def test_a_round_of_episodes_is_prepared():
-    iterated.prepare(worlds.round_of_sums(rollout_fn=TURNS, **PAID))
+    parts = iterated.prepare(worlds.round_of_sums(rollout_fn=TURNS, **PAID))
+    assert "from_environment" in parts.reward.names
 
 
 @pytest.mark.parametrize("changes, words", [

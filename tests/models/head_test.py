@@ -9,6 +9,7 @@ import pytest
 
 from mlrl import meshes
 from mlrl.models import head
+from mlrl.types import Refused
 
 B, T, D, V = 2, 3, 8, 44
 
@@ -73,6 +74,12 @@ def test_the_likeliest_tokens_are_those_of_the_whole(chunk):
     top, where = jax.lax.top_k(whole, 5)
     np.testing.assert_allclose(log_probs, top, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(ids, where)
+
+
+def test_more_tokens_than_there_are_are_refused():
+    hidden, kernel, *_ = given()
+    with pytest.raises(Refused, match="the 45 likeliest tokens are asked for, of a vocabulary of 44"):
+        head.likeliest(hidden, kernel, head.Head(chunk=10), V + 1)
 
 
 def test_memory_does_not_grow_with_the_vocabulary():
