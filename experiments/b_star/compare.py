@@ -16,7 +16,7 @@ import pathlib
 from experiments import study
 from mlrl.metrics import t_interval
 
-ARMS = ("star", "raft", "online_rft", "temperature_only", "threshold_only", "both")
+ARMS = ("star", "raft", "online_rft", "online_rft_strict", "temperature_only", "threshold_only", "both")
 UNIQUE, TEMPERATURE = "explore/unique_right_per_prompt", "configuration/temperature"
 PRECISION = "selection/right_share"
 ACCURACY, DIVERSITY = "mean@8", "pass@8"
