@@ -48,9 +48,9 @@ def kuhn_poker(
 
     The mover is told what the other did since, and its card at its first move of a round: xJ to who moves second after
     a check, J and later b to who checked first. (Were the card told before it, Jx would be both the other's check, with
-    a move to follow, and an own one, which is over.) After a round it is first told: the other's last move if that closed
-    the round, the chips won in it as +2 or -1, and the other's card where cards were shown. A move is one of xbcf, and
-    an EOS where there is room.
+    a move to follow, and an own one, which is over.) After a round it is first told: the other's last move if that
+    closed the round, the chips won in it as +2 or -1, and the other's card where cards were shown. A move is one of
+    xbcf, and an EOS where there is room.
 
     Args:
       vocabulary: spells "JQKxbcf+-12" as one token each.
