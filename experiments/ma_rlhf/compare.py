@@ -47,7 +47,7 @@ def table(curves: dict[str, list[dict[int, float]]]) -> str:
     if base is None:
         raise SystemExit("ma_rlhf: the table is measured by the arm `token`: add it to --arms")
     goal = sum(one[max(one)] for one in base) / len(base)
-    lines = [f"| arm | seeds | {METRIC} before | after | mean over training | less that of token | steps to {goal:.3f} |",
+    lines = [f"| arm | seeds | {METRIC} before | after | mean over training | less token | steps to {goal:.3f} |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
     for name, runs in curves.items():
         steps = [parity(one, goal) for one in runs]
