@@ -13,6 +13,7 @@ import optax
 
 from mlrl import (
     advantages,
+    chunks,
     controllers,
     curricula,
     meshes,
@@ -28,7 +29,7 @@ from mlrl.batches import unannotated
 from mlrl.controllers import Controlled
 from mlrl.costs.work import of_step
 from mlrl.evaluation import AnyEvaluation, evaluator
-from mlrl.loops import checks, dispatch, pipeline, refill, stages, states
+from mlrl.loops import checks, dispatch, pipeline, refill, sizing, stages, states
 from mlrl.loops import describe as describe_
 from mlrl.loops.start import Reference, StartFn, own_start, random_parameters
 from mlrl.loops.states import Program, initial_state
@@ -82,6 +83,7 @@ class Experiment:
                     of these that holds them; the last must hold all. (): every micro-batch is as wide as the rollout
     score_chunk_columns, score_chunk_vocabulary  score so many columns, or tokens of the vocabulary, at a time, so that
                     memory does not grow with their number; 0: all at once. See scoring.score
+    sizes           micro_batch_rows and the two above as they are set, or found by timing: chunks.fastest()
     forward         how the learner reads rows: each prompt once for its whole group, or every row whole
     optimizer       an optax transformation
     curriculum      sampling weights over the task's sources
@@ -126,6 +128,7 @@ class Experiment:
     forward: scoring.Forward = scoring.shared_prompts()
     score_chunk_columns: int = 0
     score_chunk_vocabulary: int = 0
+    sizes: chunks.Search = chunks.as_set()
     start: StartFn = random_parameters
     reference: Reference = own_start()
     reference_tokens: int = 0
@@ -158,6 +161,7 @@ def train(experiment: Experiment, run: runs.Run) -> TrainState:
     """Runs `experiment` in the folder of `run`, from its last checkpoint if it holds one. Returns the last state."""
     parts = prepare(experiment)
     with meshes.use(experiment.mesh()) as mesh:
+        parts = settled(parts, run.folder)
         compiled, next_prompts = jitted(parts), prompt_source(parts)
         take_step, first = step_function(parts, run, compiled), functools.partial(first_state, parts, compiled)
         state = run.restore_or(abstract_state(parts), first, mesh)
@@ -197,6 +201,7 @@ def prepare(experiment: Experiment) -> Parts:
         parts = dataclasses.replace(parts, unit_rows=experiment.group_size)
         checks.rows_divide(experiment, experiment.prompts_per_step * experiment.group_size, parts.unit_rows)
     checks.sampling_fits(experiment.sampling, experiment.old_log_probs, reads)
+    experiment.sizes.candidates(_whole(parts))
     checks.buckets_cover(experiment.length_buckets, rollout.tokens.shape[1] - prompts.tokens.shape[1])
     checks.refill_fits(experiment, parts.reward.in_graph)
     pipeline.fits(experiment)
@@ -205,6 +210,24 @@ def prepare(experiment: Experiment) -> Parts:
     checks.evaluations_sample(experiment, model, lora.policy(state), by_step=True)
     jax.eval_shape(functools.partial(learn, parts), state, prompts, rollout, rewards)
     return parts
+
+
+def settled(parts: Parts, folder: Any) -> Parts:
+    """The parts with the micro-batch and chunk sizes of the run in `folder`; called on the mesh of the update."""
+    return sizing.settled(parts, folder, _whole(parts), _updating)
+
+
+def _updating(parts: Parts) -> Program:
+    """What follows the rewards, as a program of its own also where the whole step is one."""
+    given = (states.abstract_state(parts), *stages.abstract_rows(parts))
+    return Program(jax.jit(functools.partial(learn, parts), donate_argnums=0), given, parts.experiment.mesh())
+
+
+def _whole(parts: Parts) -> chunks.Whole:
+    prompts, rollout, _ = stages.abstract_rows(parts)
+    rows, columns = rollout.tokens.shape
+    scored, vocabulary = columns - prompts.tokens.shape[1], parts.model.config.vocabulary_size
+    return chunks.Whole(rows // parts.experiment.minibatches, parts.unit_rows, scored, vocabulary)
 
 
 def abstract_state(parts: Parts) -> TrainState:
