@@ -174,8 +174,17 @@ def kept(folder: pathlib.Path, search_: Search, about: Mapping[str, Any], measur
         choice = measure()
         found = {"sizes": choice.sizes._asdict(), "tried": choice.tried, "from": "measured", "about": about}
         processes.by_first(lambda: _keep(shared, key, found))
+    folder.mkdir(parents=True, exist_ok=True)
     processes.by_first(lambda: folders.write_atomically(own, json.dumps(found, indent=1)))
     return Sizes(**found["sizes"])
+
+
+def copy(folder: pathlib.Path, other: pathlib.Path) -> None:
+    """Writes down that the run in the folder `other` has the sizes of the one in `folder`, if that one chose any."""
+    found = _read(folder / FILE)
+    if found:
+        other.mkdir(parents=True, exist_ok=True)
+        folders.write_atomically(other / FILE, json.dumps(found, indent=1))
 
 
 def cache_path(folder: str) -> pathlib.Path:
