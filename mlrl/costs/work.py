@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-
 from mlrl import meshes
 from mlrl.costs.flops import Products, products
+from mlrl.models.transformer import cache_bytes
 from mlrl.types import Prompts
 
 
@@ -82,9 +81,8 @@ def phases(parts: Any, name: str, products: Products, arguments: tuple[Any, ...]
     if products.turns and isinstance(arguments[1], Prompts):
         n, width = arguments[1].tokens.shape
         rows, columns = n * parts.experiment.group_size, width + products.turns + 1
-        c = parts.model.config
-        row = 2 * c.layers * columns * c.kv_heads * c.head_width * jnp.dtype(c.dtype).itemsize
-        found["decode"] = Work(products.inside, products.turns, float(products.turns * rows * row))
+        caches = cache_bytes(parts.model.config, rows, columns)
+        found["decode"] = Work(products.inside, products.turns, float(products.turns * caches))
     return found
 
 

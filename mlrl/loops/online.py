@@ -201,6 +201,7 @@ def prepare(experiment: Experiment) -> Parts:
         parts = dataclasses.replace(parts, unit_rows=experiment.group_size)
         checks.rows_divide(experiment, experiment.prompts_per_step * experiment.group_size, parts.unit_rows)
     checks.sampling_fits(experiment.sampling, experiment.old_log_probs, reads)
+    checks.caches_are_minded(experiment.model, experiment.old_log_probs, reads)
     experiment.sizes.candidates(_whole(parts))
     checks.buckets_cover(experiment.length_buckets, rollout.tokens.shape[1] - prompts.tokens.shape[1])
     checks.refill_fits(experiment, parts.reward.in_graph)
