@@ -95,7 +95,7 @@ def runs(parts: Any, programs: Iterable[str]) -> dict[str, int]:
     experiment = parts.experiment
     if "step" in programs:  # the rollout alone is only rehearsed, to be timed
         return {"rollout": 0, "step": 1}
-    if "annotate" not in programs:
+    if not hasattr(experiment, "num_rounds"):
         return dict.fromkeys(programs, 1)
     chunks = experiment.prompts_per_round // experiment.prompts_per_step
     rows = experiment.prompts_per_round * experiment.group_size
