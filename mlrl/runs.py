@@ -27,8 +27,10 @@ class Recording:
     """What a run writes down.
 
     save_every_steps      a checkpoint every so many steps, besides the first and the last
-    keep_last, keep_best  how many checkpoints stay; the best by `best_metric`, an evaluation's "task/metric"
-    samples_every_steps   rows go to samples.jsonl every so many steps; `samples_rows` of them
+    keep_last, keep_best  how many checkpoints stay, of the last and of the best
+    best_metric           what the best are the best by: an evaluation's "task/metric"
+    samples_every_steps   rows go to samples.jsonl every so many steps
+    samples_rows          so many of them
     phases_every_steps    how often the rollout is timed by itself where the whole step is one program; 0: never
     max_bad_updates       updates in a row that may be skipped because they were not finite
     max_unscored_share    the share of a step's rows that may go without a reward

@@ -68,6 +68,9 @@ class Experiment:
     passes over the selected rows in optimizer steps of `rows_per_step` rows. The last step of a pass may have fewer,
     and its mean is over those. A round is what `step` counts in logs and checkpoints.
 
+    num_rounds    how many rounds the run has
+    prompts_per_round  over how many prompts a round samples
+    rows_per_step  selected rows of an optimizer step
     begin_round   (TrainState, optimizer) -> what training starts from: rounds.go_on, restart or
                   move_reference
     select_fn     Batch -> rows to train on, of all rows of the round

@@ -67,6 +67,8 @@ class Experiment:
     A step is `rows_per_step` stored rows, learned from in `minibatches` optimizer steps.
 
     task         where the rows come from
+    num_steps    how many steps the run has
+    rows_per_step  B
     rows_fn      (task, key, step, rows, weights) -> Batch: by default the task's demonstrations; see mlrl.stored
     losses       functions of (Scores, Batch), summed; any may be controllers.controlled
     advantage_fn   Batch -> (advantages, returns), for losses that read them; may be controllers.controlled

@@ -73,13 +73,17 @@ class Experiment:
     task            where prompts come from
     reward_fn       a plain function (see mlrl.rewards.lifting.lift) or a RewardFn
     losses          functions of (Scores, Batch), summed; any may be controllers.controlled
+    num_steps       how many steps the run has
     model           the shape of the policy (and of its value head or critic)
+    prompts_per_step, group_size  N and G
     rollout_fn      how prompts become rows
     sampling        temperature and filters; the learner scores at the same temperature
     advantage_fn    Batch -> (advantages, returns); may be controllers.controlled, or a StatefulAdvantage
     select_fn       Batch -> rows that stay in the loss
     reduction       mask -> weights: what "mean" means, over a whole minibatch
     old_log_probs   the ratio's denominator: as recorded by the sampler, or recomputed
+    minibatches, epochs  how often the rows of a step are cut, and gone over
+    micro_batch_rows  rows in memory at a time, of a minibatch; 0: all
     length_buckets  widths of completions, in tokens, ascending: micro-batches are filled by length and cut to the least
                     of these that holds them; the last must hold all. (): every micro-batch is as wide as the rollout
     score_chunk_columns, score_chunk_vocabulary  score so many columns, or tokens of the vocabulary, at a time, so that
@@ -100,6 +104,8 @@ class Experiment:
     rollout_mesh    mesh -> the same devices as rollouts split things over them, such as meshes.rearranged
     steps_ahead     0, or 1: a step's rows are sampled while the step before learns, by weights one update old; see
                     loops.pipeline
+    recording       what the run writes down
+    seed            of prompts, sampling and first parameters
     steps_per_dispatch  K whole steps in one program, with task and reward in the graph; saving and evaluating, as all
                     that is done every so many steps, come between
     """
