@@ -23,7 +23,8 @@ CLASSES = (
 MODULES = (
     "mlrl.optimizers", "mlrl.losses.policy", "mlrl.losses.preference", "mlrl.losses.regularizers",
     "mlrl.losses.supervised", "mlrl.losses.values", "mlrl.losses.distillation", "mlrl.advantages", "mlrl.reductions",
-    "mlrl.selection", "mlrl.correction", "mlrl.controllers", "mlrl.curricula", "mlrl.rollouts.single_turn",
+    "mlrl.selection", "mlrl.correction", "mlrl.chunks", "mlrl.controllers", "mlrl.curricula",
+    "mlrl.rollouts.single_turn",
     "mlrl.rollouts.multi_turn", "mlrl.rollouts.self_play", "mlrl.refilled", "mlrl.packing", "mlrl.rewards.combinators",
     "mlrl.rewards.lengths", "mlrl.rewards.programs", "mlrl.loops.configurations",
 )  # fmt: skip

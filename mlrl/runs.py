@@ -187,6 +187,7 @@ class Run:
             line |= counted | {"tokens_per_second": line["tokens"] / seconds}
             line |= profiling.shares(self._cost, line, seconds, profiling.peak())
         lines[-1] |= self._timed_phases(seconds, lines[-1]["tokens"])
+        lines[-1] |= profiling.bandwidth(self._cost, lines[-1], profiling.peak())
         results = self._evaluated(state, step)
         lines[-1] |= _flat(results)
         for i, line in enumerate(lines, start=step + 1 - len(lines)):
