@@ -111,6 +111,7 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     profile = profiling.Steps.parse(arguments.profile_steps) if arguments.profile_steps else profiling.Steps()
     loop, parts = _prepared(experiment)
     _require_finite_rewards(parts)
+
     def claim() -> None:
         folders.claim_run_folder(folder, config, may_differ=("num_steps", "num_rounds"))
         pathlib.Path(folder, "operative_config.gin").write_text(_operative_config())
