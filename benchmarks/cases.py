@@ -108,7 +108,8 @@ def mlrl(case: str, model: shapes.Model, rows: shapes.Rows, folder: str, micro_b
 
 def _loop(parts: online.Parts, compiled: dict, draw: Callable, state) -> Turn:
     """The loop's own step function; the state goes on from turn to turn."""
-    take, held = online.step_function(parts, runs.Run(tempfile.mkdtemp(), parts.experiment.recording), compiled), [state]
+    run, held = runs.Run(tempfile.mkdtemp(), parts.experiment.recording), [state]
+    take = online.step_function(parts, run, compiled)
 
     def turn(number: int):
         state = held.pop()
@@ -175,7 +176,7 @@ def main(side: str, case: str, model: str, rows: str, folder: str, micro_batch_r
         def work(number: int) -> None:
             jax.block_until_ready(turn(number))
 
-        work(0)  # a second warm turn: donated buffers have another layout at first
+        work(0)  # and `serve` once more: the first state may be placed otherwise than those that steps return
         turns.serve(work, **about)
 
 

@@ -1,6 +1,5 @@
 """A bare whole GRPO step, the measure of the online loop: decode, reward, advantage, update, in one jit."""
 
-import jax
 import jax.numpy as jnp
 
 from benchmarks import decode_baseline, update_baseline

@@ -25,8 +25,8 @@ def config_of(model: Model) -> Config:
 def made(model: Model, rows: Rows) -> Params:
     """Random parameters under which each token ends its row with probability `rows.ending`, in the mean of states.
 
-    With u a unit vector, embeddings are normal(0.02) + sqrt(D) / 2 u, that of EOS + a u besides; a is found by bisection.
-    Lengths are then nearly geometric of mean 1 / ending (cut at the most that is sampled).
+    With u a unit vector, embeddings are normal(0.02) + sqrt(D) / 2 u, that of EOS + a u besides; a is found by
+    bisection. Lengths are then nearly geometric of mean 1 / ending (cut at the most that is sampled).
     """
     transformer = Transformer(config_of(model))
     params = initialize(transformer, jax.random.key(0))

@@ -58,5 +58,5 @@ LEARNING_RATE = 1e-6  # so small that lengths stay what they are
 def prompt_ids(rows: Rows, model: Model, number: int) -> list[list[int]]:
     """The prompts of turn `number`: ids that need no tokenizer and no random numbers, no two rows alike."""
     span = model.vocabulary - FIRST
-    return [[FIRST + (7 * number + 31 * row + 13 * column + row * column) % span for column in range(rows.prompt_tokens)]
-            for row in range(rows.prompts)]  # fmt: skip
+    at = lambda row, column: FIRST + (7 * number + 31 * row + 13 * column + row * column) % span  # noqa: E731
+    return [[at(row, column) for column in range(rows.prompt_tokens)] for row in range(rows.prompts)]

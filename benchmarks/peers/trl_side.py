@@ -18,6 +18,7 @@ import shapes
 import torch
 import transformers
 import trl
+from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 TURNS = 10_000  # more than anybody asks for
@@ -71,9 +72,8 @@ def timed(parts, name, function):
 
 def steps(turns, model, rows, folder, micro_batch_rows):
     """Whole steps: generation, reward, and one optimizer step on all rows."""
-    prompts = [{"prompt": " ".join(map(str, ids))} for turn in range(64) for ids in shapes.prompt_ids(rows, model, turn)]
-    from datasets import Dataset
-
+    ids = [row for turn in range(64) for row in shapes.prompt_ids(rows, model, turn)]
+    prompts = Dataset.from_list([{"prompt": " ".join(map(str, row))} for row in ids])
     accumulation = rows.count // micro_batch_rows
     settings = trl.GRPOConfig(
         output_dir=tempfile.mkdtemp(), max_steps=TURNS, per_device_train_batch_size=micro_batch_rows,
@@ -84,7 +84,7 @@ def steps(turns, model, rows, folder, micro_batch_rows):
     )  # fmt: skip
     parts = {}
     trainer = trl.GRPOTrainer(
-        model=loaded(folder), reward_funcs=reward, args=settings, train_dataset=Dataset.from_list(prompts),
+        model=loaded(folder), reward_funcs=reward, args=settings, train_dataset=prompts,
         processing_class=tokenizer_of(model), callbacks=[TakeTurns(turns, parts)],
     )  # fmt: skip
     trainer._generate_and_score_completions = timed(parts, "rollout", trainer._generate_and_score_completions)

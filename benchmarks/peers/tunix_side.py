@@ -67,12 +67,13 @@ def loaded(model, folder, mesh):
 
 
 def steps(turns, model, rows, folder, micro_batch_rows, mesh):
-    """Whole steps: generation, reward, and one optimizer step on all rows. The learner asks for its prompts in turns."""
+    """Whole steps: generation, reward, one optimizer step on all rows. The learner asks for its prompts in turns."""
     policy = loaded(model, folder, mesh)
+    roles = (rl_cluster.Role.ACTOR, rl_cluster.Role.REFERENCE, rl_cluster.Role.ROLLOUT)
     cluster = rl_cluster.RLCluster(
         actor=policy, tokenizer=Ids(),
         cluster_config=rl_cluster.ClusterConfig(
-            role_to_mesh=dict.fromkeys((rl_cluster.Role.ACTOR, rl_cluster.Role.REFERENCE, rl_cluster.Role.ROLLOUT), mesh),
+            role_to_mesh=dict.fromkeys(roles, mesh),
             training_config=rl_cluster.RLTrainingConfig(
                 actor_optimizer=optax.adamw(shapes.LEARNING_RATE), eval_every_n_steps=10**9, max_steps=10**9,
                 mini_batch_size=rows.prompts, train_micro_batch_size=micro_batch_rows // rows.group,
@@ -90,7 +91,7 @@ def steps(turns, model, rows, folder, micro_batch_rows, mesh):
     cluster.generate = timed(parts, cluster.generate)
 
     def prompts():
-        yield {"prompts": texts(rows, model, 0)}
+        yield {"prompts": np.asarray(texts(rows, model, 0))}
         learned(cluster)
         turns.ready(**VERSIONS)
         number = 0
@@ -98,7 +99,7 @@ def steps(turns, model, rows, folder, micro_batch_rows, mesh):
             number += 1
             parts.clear()
             start = time.perf_counter()
-            yield {"prompts": texts(rows, model, number)}
+            yield {"prompts": np.asarray(texts(rows, model, number))}
             learned(cluster)
             turns.done(time.perf_counter() - start, parts=dict(parts))
         os._exit(0)  # the learner would go on to write its metrics
