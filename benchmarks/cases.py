@@ -24,6 +24,7 @@ from mlrl import meshes, optimizers, runs, scoring
 from mlrl.costs.work import of_step
 from mlrl.generation import generate
 from mlrl.loops import online, stages
+from mlrl.loops.start import random_parameters
 from mlrl.losses.policy import ppo_clip
 from mlrl.models import pretrained
 from mlrl.models.transformer import Transformer
@@ -71,7 +72,7 @@ def task(model: shapes.Model, rows: shapes.Rows) -> Task:
 
 
 def experiment(model: shapes.Model, rows: shapes.Rows, folder: str, micro_batch_rows: int) -> online.Experiment:
-    """The online experiment whose steps and parts are timed."""
+    """The online experiment whose steps and parts are timed; without a folder, from weights as they are initialized."""
     early = rows.ending > 0 and rows.count > SLOTS
     sampler = functools.partial(refilled, slots=SLOTS) if early else generate
     return online.Experiment(
@@ -79,17 +80,18 @@ def experiment(model: shapes.Model, rows: shapes.Rows, folder: str, micro_batch_
         prompts_per_step=rows.prompts, group_size=rows.group, micro_batch_rows=micro_batch_rows, mesh=FIRST_DEVICE,
         rollout_fn=functools.partial(single_turn, max_completion_tokens=rows.new_tokens, sampler=sampler),
         length_buckets=tuple(b for b in BUCKETS if b < rows.new_tokens) + (rows.new_tokens,) if early else (),
-        optimizer=optimizers.adamw(learning_rate=shapes.LEARNING_RATE), start=pretrained.start(path=folder),
+        optimizer=optimizers.adamw(learning_rate=shapes.LEARNING_RATE),
+        start=pretrained.start(path=folder) if folder else random_parameters,
     )  # fmt: skip
 
 
 def mlrl(case: str, model: shapes.Model, rows: shapes.Rows, folder: str, micro_batch_rows: int) -> Turn:
     """A turn of mlrl: the online loop's step, or the function that it calls for one of its parts."""
     parts = online.prepare(experiment(model, rows, folder, micro_batch_rows))
+    if case == "step":
+        return whole_steps(parts)
     compiled, draw = online.jitted(parts), online.prompt_source(parts)
     state, key = online.first_state(parts, compiled), jax.random.key(1)
-    if case == "step":
-        return _loop(parts, compiled, draw, state)
     if case == "decode":
         return lambda number: compiled["rollout"](state.replace(step=jnp.int32(number)), draw(state, number))
     if case == "prefill":
@@ -106,9 +108,10 @@ def mlrl(case: str, model: shapes.Model, rows: shapes.Rows, folder: str, micro_b
     return lambda number: learn(state.replace(key=jax.random.fold_in(key, number)), prompts, rollout, rewards)
 
 
-def _loop(parts: online.Parts, compiled: dict, draw: Callable, state) -> Turn:
+def whole_steps(parts: online.Parts) -> Turn:
     """The loop's own step function; the state goes on from turn to turn."""
-    run, held = runs.Run(tempfile.mkdtemp(), parts.experiment.recording), [state]
+    run, compiled = runs.Run(tempfile.mkdtemp(), parts.experiment.recording), online.jitted(parts)
+    draw, held = online.prompt_source(parts), [online.first_state(parts, compiled)]
     take = online.step_function(parts, run, compiled)
 
     def turn(number: int):

@@ -35,6 +35,12 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
 
 
+def forget_peak() -> None:
+    """Lets the peak begin anew, where the system can: what compiling took is then left out."""
+    with contextlib.suppress(OSError):
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+
+
 class Turns:
     """The worker's end. What else is printed goes to stderr."""
 
@@ -45,6 +51,7 @@ class Turns:
 
     def ready(self, **about: Any) -> None:
         """Says that turns may begin, and with what versions."""
+        forget_peak()
         self._say({"ready": True, "imported_mib": self._imported, **about})
 
     def wait(self) -> bool:
