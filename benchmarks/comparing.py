@@ -78,7 +78,8 @@ def summarized(found: Mapping[str, dict], micro: Mapping[str, int]) -> dict[str,
         seconds = [turn["seconds"] for turn in said["turns"]]
         sides[side] = {
             "median_seconds": float(np.median(seconds)), "quartiles_seconds": np.percentile(seconds, [25, 75]).tolist(),
-            "turns_seconds": seconds, "peak_mib": max(turn["peak_mib"] for turn in said["turns"]),
+            "turns_seconds": seconds, "cpu_seconds": float(np.median([turn["cpu_seconds"] for turn in said["turns"]])),
+            "peak_mib": max(turn["peak_mib"] for turn in said["turns"]),
             "micro_batch_rows": micro[side],
             "about": {name: value for name, value in said["about"].items() if name != "ready"},
         }  # fmt: skip

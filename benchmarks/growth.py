@@ -138,8 +138,8 @@ def main() -> None:
     lines = [
         "# How a step grows (made by `python -m benchmarks.growth`)", "",
         f"Whole steps of d{base.width} x {base.layers}, fp32, prompts of {base.prompt} tokens, full rows, in",
-        f"micro-batches of {base.micro} rows; but for what is swept, rows {base.rows} (16 for length and vocabulary), length",
-        f"{base.length}, vocabulary {base.vocabulary}, group {base.group}.",
+        f"micro-batches of {base.micro} rows; but for what is swept, rows {base.rows} (16 for length and vocabulary),",
+        f"length {base.length}, vocabulary {base.vocabulary}, group {base.group}.",
         f"Medians of {given.repeats} steps after the first, each point in a process of its own; peak memory is what",
         "that process held in these steps above its imports, the compiled programs and what was left of compiling them",
         "included. x: multiples of the sweep's first line. Matrix products are counted by `mlrl.costs`; memory by",

@@ -48,6 +48,7 @@ class Turns:
         self._out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         self._imported = peak_mib()
+        self._worked = 0.0
 
     def ready(self, **about: Any) -> None:
         """Says that turns may begin, and with what versions."""
@@ -56,11 +57,14 @@ class Turns:
 
     def wait(self) -> bool:
         """Whether another turn is asked for."""
-        return sys.stdin.readline().strip() == "go"
+        asked = sys.stdin.readline().strip() == "go"
+        self._worked = time.process_time()
+        return asked
 
     def done(self, seconds: float, **about: Any) -> None:
-        """Answers a turn."""
-        self._say({"seconds": seconds, "peak_mib": peak_mib(), **about})
+        """Answers a turn; seconds on all processors tell whether the turn had them to itself."""
+        worked = time.process_time() - self._worked
+        self._say({"seconds": seconds, "cpu_seconds": worked, "peak_mib": peak_mib(), **about})
 
     def serve(self, turn: Callable[[int], Mapping[str, Any] | None], **about: Any) -> None:
         """Turns of a function, which returns once its work is done; the first, untimed, is before `ready`."""
