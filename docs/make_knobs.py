@@ -26,7 +26,7 @@ MODULES = (
     "mlrl.selection", "mlrl.correction", "mlrl.chunks", "mlrl.controllers", "mlrl.curricula",
     "mlrl.rollouts.single_turn",
     "mlrl.rollouts.multi_turn", "mlrl.rollouts.self_play", "mlrl.refilled", "mlrl.packing", "mlrl.rewards.combinators",
-    "mlrl.rewards.lengths", "mlrl.rewards.programs", "mlrl.loops.configurations",
+    "mlrl.rewards.lengths", "mlrl.rewards.programs", "mlrl.rewards.judges", "mlrl.loops.configurations",
 )  # fmt: skip
 GIVEN = {"policy_version", "group_size", "first_column"}  # by the loop, not by gin
 HEAD = """# Knobs
