@@ -21,9 +21,10 @@ from mlrl.types import Array, Params, Prompts, Refused, Rollout, Task, require_w
 class JudgeEvaluation:
     """How well the policy judges, by greedy grades, and what it thinks of itself.
 
-    Of stored completions: "auc" (how often the better of two completions of a prompt gets the higher grade, equal grades
-    half), "correlation" (of grade and quality, Pearson's over all), "grade" and "quality" (means), "unreadable" (the
-    share of answers that are no grade). Of the policy's own greedy completions: "own_grade" and "own_unreadable".
+    Of stored completions: "auc" (how often the better of two completions of a prompt gets the higher grade; equal
+    grades count half), "correlation" (of grade and quality, Pearson's over all), "grade" and "quality" (means), and
+    "unreadable" (the share of answers that are no grade). Of the policy's own greedy completions: "own_grade" and
+    "own_unreadable".
 
     task          held-out prompts with rated candidates: the first `prompts` of them, always the same
     form          what the judge reads, as in training

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,9 +55,9 @@ def judge(
 
         r = [the completion ended] * mean over samples of grade / top
 
-    A grade that cannot be read (`judgements.read`) is no grade: the mean is over those that can, and a row without any is
-    unscored, so that it leaves baseline and loss. More of them than Recording.max_unscored_share stop the run. What the
-    judge writes is not learned from, and no gradient flows through it.
+    A grade that cannot be read (`judgements.read`) is no grade: the mean is over those that can, and a row without any
+    is unscored, so that it leaves baseline and loss. More of them than Recording.max_unscored_share stop the run. What
+    the judge writes is not learned from, and no gradient flows through it.
 
     A completion that several rows of a step share is judged once: all of them get the first one's grades, also where
     these are sampled. With `rows_at_once` they are not generated again either.
@@ -73,13 +72,13 @@ def judge(
         alike. 0: all rows at once, alike or not.
       seed: of the sampled grades.
       name: of the part in the logs.
-    Returns: a RewardFn with the parts `judge`, `judge/repeated` (1 where an earlier row says the same), `unscored/judge`,
-      and `unscored/judge/answers` (the share of answers that could not be read).
+    Returns: a RewardFn with the parts `judge`, `judge/repeated` (1 where an earlier row says the same),
+      `unscored/judge`, and `unscored/judge/answers` (the share of answers that could not be read).
     Raises: Refused, if several samples are greedy.
     Reference: Yang et al. 2025, "SSR-Zero: Simple Self-Rewarding Reinforcement Learning for Machine Translation". Its
-      code is not public. Ours: a grade that cannot be read is unscored and not 0, a completion that did not end earns 0,
-      and grades are greedy. Left out: the reward of the format of thoughts, which needs a model that thinks; `Form` has
-      a separator for judges that do.
+      code is not public. Ours: a grade that cannot be read is unscored and not 0, a completion that did not end earns
+      0, and grades are greedy. Left out: the reward of the format of thoughts, which needs a model that thinks; `Form`
+      has a separator for judges that do.
     """
     for knob, value, lowest in (("samples", samples, 1), ("answer_tokens", answer_tokens, 0),
                                 ("rows_at_once", rows_at_once, 0)):  # fmt: skip

@@ -1,4 +1,4 @@
-"""Two small artificial languages and translation between them, computed in the graph: a letter is a word or an ending."""
+"""Translation between two small artificial languages, computed in the graph: a letter is a word or an ending."""
 
 from __future__ import annotations
 
@@ -57,32 +57,33 @@ def languages(*, noise: float = 0.0, candidates: int = 4, split: str = "train", 
         answer, answer_valid = _packed(_ours(words))
         return Prompts(tokens, valid, source, index, {"answer_tokens": answer, "answer_valid": answer_valid})
 
-    def spoiled(source: Array, index: Array, which: int) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-        """(a candidate, the right translation), both without EOS."""
-        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), i), which))(index)
-        numbers = s.problem_number(index, offset, PROBLEMS, seed)
-        elsewhere = s.problem_number((index + 1 + which) % size, offset, PROBLEMS, seed)
-        kind = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0)))(keys)
-        words = _words(jnp.where((kind >= 0.25) & (kind < 0.35), elsewhere, numbers))
-        with_errors = jax.vmap(_with_errors)(keys, *_ours(words))
-        cells = jax.tree.map(lambda e, r: jnp.where((kind >= 0.35)[:, None], e, r), with_errors, _wide(_ours(words)))
-        tokens, valid = _packed(cells)
-        return (tokens[:, : _LONGEST + 2], valid[:, : _LONGEST + 2]), _packed(_ours(_words(numbers)))
+    def spoiled(index: Array, which: Array) -> tuple[tuple[Array, Array], tuple[Array, Array], Array]:
+        """(completion number `which` [N], the right translation, both without EOS, and an unused draw [N])."""
+        draw = lambda i, which: jax.random.uniform(  # noqa: E731
+            jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), i), which), (7, _LONGEST))  # fmt: skip
+        drawn = jax.vmap(draw)(index, which)
+        kind, rate = drawn[:, 0, 0], 0.05 + 0.45 * drawn[:, 0, 1]
+        both = s.problem_number(jnp.concatenate([index, (index + 1 + which) % size]), offset, PROBLEMS, seed)
+        number, another = jnp.split(both, 2)
+        elsewhere = (kind >= 0.25) & (kind < 0.35)
+        rate = jnp.where(kind < 0.35, 0.0, rate)
+        said = _with_errors(drawn[:, 1:], rate[:, None], _ours(_words(jnp.where(elsewhere, another, number))))
+        tokens, valid = (x[:, : _LONGEST + 2] for x in _packed(said))
+        return (tokens, valid), _packed(_ours(_words(number))), drawn[:, 0, 2]
 
     def targets(source: Array, index: Array) -> tuple[Array, Array]:
-        spoiled_, right = spoiled(source, index, candidates)  # not one of the candidates
-        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed + 1), i))(index)
-        bad = jax.vmap(jax.random.uniform)(keys) < noise
+        bad, right, draw = spoiled(index, jnp.full_like(index, candidates))  # none of those that are rated
         right = tuple(jnp.pad(x, ((0, 0), (0, 2))) for x in right)
-        tokens, valid = (jnp.where(bad[:, None], a, b) for a, b in zip(spoiled_, right))
+        tokens, valid = (jnp.where((draw < noise)[:, None], a, b) for a, b in zip(bad, right))
         return s.append_token(tokens, valid, eos, pad)
 
     def rated(source: Array, index: Array) -> Candidates:
-        found = [spoiled(source, index, which) for which in range(candidates)]
-        outcome = [ngram_f(*candidate, *right, max_order=2, beta=1.0) for candidate, right in found]
-        ended = [s.append_token(*candidate, eos, pad) for candidate, _ in found]
-        tokens, valid = (jnp.stack(x, axis=1) for x in zip(*ended))
-        return Candidates(tokens, valid, jnp.stack(outcome, axis=1), jnp.full(tokens.shape, jnp.nan, jnp.float32))
+        which = jnp.tile(jnp.arange(candidates, dtype=jnp.int32), len(index))
+        said, right, _ = spoiled(jnp.repeat(index, candidates), which)
+        outcome = ngram_f(*said, *right, max_order=2, beta=1.0)
+        each = lambda x: x.reshape(len(index), candidates, *x.shape[1:])  # noqa: E731
+        tokens, valid = (each(x) for x in s.append_token(*said, eos, pad))
+        return Candidates(tokens, valid, each(outcome), jnp.full(tokens.shape, jnp.nan, jnp.float32))
 
     at, targets, rated = jax.jit(at), jax.jit(targets), jax.jit(rated)
 
@@ -134,28 +135,21 @@ def _ours(words: list[Array]) -> s.Cells:
     )  # fmt: skip
 
 
-def _wide(cells: s.Cells) -> s.Cells:
-    """With an empty cell behind each."""
-    tokens, said = (jnp.stack([x, jnp.zeros_like(x)], axis=-1).reshape(x.shape[0], -1) for x in cells)
-    return tokens, said
-
-
-def _with_errors(key: Array, tokens: Array, said: Array) -> s.Cells:
-    """One sentence [W] with errors, at a rate that is drawn for it: [2W], so that endings may be put in."""
-    rate_key, change_key, other_key, near_key, drop_key, put_key, ending_key = jax.random.split(key, 7)
-    rate = jax.random.uniform(rate_key, minval=0.05, maxval=0.5)
-    draw = lambda key: jax.random.uniform(key, tokens.shape)  # noqa: E731
-    other = jax.random.randint(other_key, tokens.shape, _OURS, _OURS + len(OURS))
+def _with_errors(drawn: Array, rate: Array, cells: s.Cells) -> s.Cells:
+    """Sentences [N,W] with errors at their rate [N,1], by numbers drawn evenly from [0,1) [N,6,W]: [N,2W], for endings
+    that are put in.
+    """
+    (tokens, said), (change, any_word, gender, drop, put, ending) = cells, jnp.moveaxis(drawn, 1, 0)
     word = tokens - _OURS
     gendered = (word >= NOUNS) & (word < NOUNS + 2 * ADJECTIVES)
-    other_gender = _OURS + NOUNS + (word - NOUNS + ADJECTIVES) % (2 * ADJECTIVES)
-    other = jnp.where(gendered & (draw(near_key) < 0.5), other_gender, other)
-    changed = jnp.where(draw(change_key) < rate, other, tokens)
-    kept = said & (draw(drop_key) >= rate / 3)
-    put = (draw(put_key) < rate / 3) & said
-    put &= jnp.cumsum(put) <= 2
-    ending = jax.random.randint(ending_key, tokens.shape, _OBJECT, _AGREES + 1)
-    return jnp.stack([changed, ending], axis=-1).reshape(-1), jnp.stack([kept, put], axis=-1).reshape(-1)
+    other_gender = NOUNS + (word - NOUNS + ADJECTIVES) % (2 * ADJECTIVES)
+    other = jnp.where(gendered & (gender < 0.5), other_gender, (any_word * len(OURS)).astype(jnp.int32))
+    changed = jnp.where(change < rate, _OURS + other, tokens)
+    puts = said & (put < rate / 3)
+    puts &= jnp.cumsum(puts, axis=1) <= 2
+    endings = _OBJECT + (ending * 3).astype(jnp.int32)
+    wide = lambda a, b: jnp.stack([a, b], axis=-1).reshape(a.shape[0], -1)  # noqa: E731
+    return wide(changed, endings), wide(said & (drop >= rate / 3), puts)
 
 
 def _packed(cells: s.Cells) -> tuple[Array, Array]:

@@ -111,8 +111,8 @@ def ngram_f(tokens: Array, valid: Array, answer: Array, answer_valid: Array, *, 
         P = mean over n of matches_n / n-grams of the row,  R = mean over n of matches_n / n-grams of the answer,
         F = (1 + beta^2) P R / (beta^2 P + R)
 
-    for n = 1 .. max_order. An n-gram matches as often as it is in both. An n that both are too short for is left out; if
-    one is, it counts 0.
+    for n = 1 .. max_order. An n-gram matches as often as it is in both. An n that both are too short for is left out;
+    if one is, it counts 0.
 
     Args:
       tokens, valid: [B,T], packed to the left.
