@@ -45,7 +45,8 @@ def table(found: dict[str, list[Any]], task: str, metrics: dict[str, str]) -> st
 def against_controls(found: dict[str, list[Any]]) -> str:
     """A Markdown table of the quality of self-judging arms less that of each control, seed by seed."""
     controls = [name for name in CONTROLS if name in found]
-    lines = ["| quality, less that of | " + " | ".join(["before", *controls]) + " |", "|---" * (2 + len(controls)) + "|"]
+    heads = ["quality, less that of", "before", *controls]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     of = lambda name: [arms.at_the_end(one, "held_out", "ngram_overlap") for one in found[name]]  # noqa: E731
     for name in (name for name in found if name != "random"):
         before = [arms.evaluated(one, "held_out", "ngram_overlap")[0] for one in found[name]]
