@@ -12,7 +12,7 @@ DECODE = languages.VOCABULARY.decode
 
 
 def translated(sentence):
-    """A translation by hand: subject, verb, object with the subject first -> the object first, endings and agreement."""
+    """A translation by hand: the object first, adjectives that agree, endings."""
     position = sentence.index(next(c for c in sentence if c in "opqrst"))
     phrases = []
     for phrase in (sentence[:position], sentence[position + 1 :]):
