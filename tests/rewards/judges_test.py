@@ -60,7 +60,8 @@ def answering(answer, calls=None):
 
 def last_digit(asked, key, group_size):
     """Grades a completion by its last digit."""
-    return jnp.repeat(jnp.stack([asked.tokens[:, -2], jnp.full(asked.tokens.shape[0], EOS)], axis=1), group_size, axis=0)
+    grade = asked.tokens[:, -2]
+    return jnp.repeat(jnp.stack([grade, jnp.full_like(grade, EOS)], axis=1), group_size, axis=0)
 
 
 def by_chance(asked, key, group_size):
