@@ -28,7 +28,7 @@ from mlrl.evaluation import evaluator
 from mlrl.loops import online, states
 from mlrl.loops.start import random_parameters
 
-LOGGED = ("accuracy", "reward", "length/mean", "curriculum/", "kl/", "entropy")
+LOGGED = ("accuracy", "reward", "length/mean", "curriculum/", "kl/", "entropy", "unscored")
 
 
 def from_command_line(words: str, arms: Mapping[str, str]) -> tuple[pathlib.Path, dict[str, list[Any]]]:

@@ -87,13 +87,23 @@ def first_of_equals(rows: Array, group: Array, scored: Array) -> Array:
         [B] bool.
     """
     n = group.shape[0]
+    place = place_of_first_equal(rows, jnp.where(scored, group, n))  # unscored rows are in a group of their own
+    return scored & (place == jnp.arange(n))
+
+
+def place_of_first_equal(rows: Array, home: Array) -> Array:
+    """Which is the first row that a row equals, itself or an earlier one of the same home: [B,L], [B] -> [B] int32.
+
+    Found as `first_of_equals` says.
+    """
+    n = home.shape[0]
     first, second = fingerprint(rows)
-    home = jnp.where(scored, group, n)  # unscored rows are sorted behind all groups
     order = jnp.lexsort((jnp.arange(n), second, first, home))
     rows, home = rows[order], home[order]
     same = jnp.all(rows[1:] == rows[:-1], axis=1) & (home[1:] == home[:-1])
     new = jnp.concatenate([jnp.ones(1, bool), ~same])
-    return scored & jnp.zeros(n, bool).at[order].set(new)
+    start = jax.lax.cummax(jnp.where(new, jnp.arange(n), 0))  # of each run of equal rows, which are in their order
+    return jnp.zeros(n, jnp.int32).at[order].set(order[start].astype(jnp.int32))
 
 
 # Baselines.

@@ -353,6 +353,9 @@ class Models(NamedTuple):
     score(rollout) -> Scores                           under the current policy
     reference(rollout) -> Scores                       under the frozen reference
     generate_reference(prompts, key) -> Rollout        sampled by the frozen reference
+
+    Both samplers sample as the experiment does, one completion of a prompt, unless they are told otherwise:
+    generate(prompts, key, sampling=..., rollout_fn=..., group_size=...).
     """
 
     generate: Callable[..., Rollout]

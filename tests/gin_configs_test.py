@@ -16,6 +16,7 @@ from mlrl.loops.checks import meshes_of
 from mlrl.loops.start import random_parameters
 from mlrl.models import pretrained
 from mlrl.models.transformer import Config, Transformer, initialize
+from mlrl.rewards.lifting import lift
 from mlrl.types import Refused
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
@@ -30,7 +31,7 @@ FILES = sorted(path.relative_to(REPO).as_posix() for path in REPO.glob("gin/**/*
 LOADED_QUICKLY = {"experiments/quickstart/grpo.gin", "experiments/quickstart/random_reward.gin"}
 # make test-all runs them all
 RUN_QUICKLY = {"experiments/quickstart/grpo.gin", "experiments/preferences/dpo.gin", "experiments/spiral/kuhn.gin",
-               "ppo", "kto"}  # fmt: skip
+               "experiments/ssr_zero/ssr_zero.gin",                "ppo", "kto"}  # fmt: skip
 
 WITH_VALUES = {"ppo", "ma_ppo", "ppo_shared", "reward_model", "process_reward_model"}
 
@@ -105,6 +106,23 @@ REWARD = @graph.random()
 online.Experiment.prompts_per_step = 8
 online.Experiment.group_size = 4
 """
+JUDGED = """from __gin__ import dynamic_registration
+include 'gin/tasks/arithmetic.gin'
+include 'gin/methods/{method}.gin'
+from mlrl import sampling
+from mlrl.loops import online
+from mlrl.models import transformer
+from mlrl.rewards import graph
+from mlrl.rewards import judges
+from mlrl.tasks import judgements
+DIGITS = 1
+MAX_COMPLETION_TOKENS = 3
+judgements.Form.after = '='
+judges.judge.samples = 64
+judges.judge.sampling = @sampling.Sampling()
+online.Experiment.prompts_per_step = 8
+online.Experiment.group_size = 4
+"""
 TEACHER = "from mlrl.loops import start\nTEACHER = @start.random_parameters\n"
 
 
@@ -172,7 +190,9 @@ def prepared(path, overrides=None, **changes):
 def one_step(experiment, loop, folder):
     """The metrics of the first step, or round, of a real run."""
     length = "num_rounds" if hasattr(experiment, "num_rounds") else "num_steps"
-    recording = runs.Recording(save_every_steps=0, samples_rows=1)
+    rewarded = lift(experiment.reward_fn).names if hasattr(experiment, "reward_fn") else ()
+    unread = 1.0 if "judge" in rewarded else 0.5  # what a random model answers is hardly ever a grade
+    recording = runs.Recording(save_every_steps=0, samples_rows=1, max_unscored_share=unread)
     experiment = dataclasses.replace(experiment, recording=recording, **{length: 1})
     with runs.Run(folder, experiment.recording) as run:
         state = loop.train(experiment, run)
@@ -203,11 +223,13 @@ def compose(method, folder):
     """A gin file of a method and a tiny task."""
     text = (REPO / "gin" / "methods" / f"{method}.gin").read_text()
     bodies = {"REWARD = %gin.REQUIRED": SHAPED, "gin/loops/offline.gin": OFFLINE, "gin/loops/iterated.gin": ITERATED,
-              "iterated.Experiment": ITERATED, "advantages.attempts": ATTEMPTS}  # fmt: skip
+              "iterated.Experiment": ITERATED, "advantages.attempts": ATTEMPTS,
+              "ssr_zero.gin": JUDGED, "judges.judge": JUDGED}  # fmt: skip
     body = next((body for words, body in bodies.items() if words in text), ONLINE)
     path = folder / f"{method}.gin"
     teacher = TEACHER if "TEACHER = %gin.REQUIRED" in text else ""
-    path.write_text(body.format(method=method) + SHAPE + teacher)
+    external = "EXTERNAL = @graph.random()\n" if "EXTERNAL = %gin.REQUIRED" in text else ""
+    path.write_text(body.format(method=method) + SHAPE + teacher + external)
     return path
 
 

@@ -21,7 +21,7 @@ BLOCKS = (
     ("rewards", "rewards"),
     ("learning", "optimizers updates costs"),
     ("IO", "folders chunks checkpoints profiling writers evaluation evaluation_stored evaluation_attempts "
-           "evaluation_games report runs export"),
+           "evaluation_games evaluation_judges report runs export"),
     ("loops", "loops"),
     ("pods", "pods"),
     ("the door", "main __main__"),

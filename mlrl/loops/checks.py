@@ -20,6 +20,7 @@ from mlrl import prompts as prompts_lib
 from mlrl.evaluation import AnyEvaluation, Evaluation, completions
 from mlrl.evaluation_attempts import AttemptsEvaluation, pairs
 from mlrl.evaluation_games import Match
+from mlrl.evaluation_judges import JudgeEvaluation
 from mlrl.evaluation_stored import StoredEvaluation
 from mlrl.models.transformer import Config, Transformer
 from mlrl.rewards.completions import name_of
@@ -284,7 +285,7 @@ def evaluations_work(evaluations: Sequence[AnyEvaluation]) -> None:
         raise Refused(f"two evaluations have tasks of the same name, and results go by name: {sorted(names)}")
     for evaluation in evaluations:
         prompts_lib.first(evaluation.task, evaluation.prompts)
-        if isinstance(evaluation, StoredEvaluation):
+        if isinstance(evaluation, StoredEvaluation | JudgeEvaluation):
             evaluation.require_candidates()
         elif isinstance(evaluation, Evaluation):
             rewards_work(lift(evaluation.reward_fn), evaluation.task)

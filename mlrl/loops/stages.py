@@ -17,6 +17,7 @@ from mlrl.loops.states import Parts, Program, abstract_state, reads_reference
 from mlrl.models import lora
 from mlrl.models.projections import as_multiplied
 from mlrl.models.transformer import Transformer
+from mlrl.sampling import Sampling
 from mlrl.types import (
     AdvantageFn,
     Array,
@@ -29,6 +30,7 @@ from mlrl.types import (
     Refused,
     Rewards,
     Rollout,
+    RolloutFn,
     Scores,
     TrainState,
 )
@@ -190,11 +192,10 @@ def models(parts: Parts, state: TrainState) -> Models:
     def asked(model: Any, params: Any, rollout: Rollout) -> Scores:  # of any rows: a judge's prompts have another width
         return scoring.score(model, params, rollout, **_settings(experiment))
 
-    def generated(model: Any, params: Any, prompts: Prompts, key: Array) -> Rollout:
-        return experiment.rollout_fn(
-            model, params, prompts, key, vocabulary=experiment.task.vocabulary, sampling=experiment.sampling,
-            group_size=1, policy_version=state.step,
-        )  # fmt: skip
+    def generated(model: Any, params: Any, prompts: Prompts, key: Array, *, sampling: Sampling = experiment.sampling,
+                  rollout_fn: RolloutFn = experiment.rollout_fn, group_size: int = 1) -> Rollout:  # fmt: skip
+        return rollout_fn(model, params, prompts, key, vocabulary=experiment.task.vocabulary, sampling=sampling,
+                          group_size=group_size, policy_version=state.step)  # fmt: skip
 
     def require_reference() -> None:
         if state.reference == ():
@@ -205,9 +206,9 @@ def models(parts: Parts, state: TrainState) -> Models:
         require_reference()
         return asked(parts.reference_model, lora.reference(state), rollout)
 
-    def generate_reference(prompts: Prompts, key: Array) -> Rollout:
+    def generate_reference(prompts: Prompts, key: Array, **how: Any) -> Rollout:
         require_reference()
-        return generated(parts.reference_model, lora.reference(state), prompts, key)
+        return generated(parts.reference_model, lora.reference(state), prompts, key, **how)
 
     return Models(
         generate=functools.partial(generated, parts.model, lora.policy(state)),
@@ -240,9 +241,9 @@ def asked_of_models(parts: Any, prompts: Prompts, rollout: Rollout) -> set[str]:
     def judge(state: TrainState, prompts: Prompts, rollout: Rollout) -> Rewards:
         bound_ = models(parts, state.replace(reference=state.params))
 
-        def noted(answer: Callable, *given: Any) -> Any:
+        def noted(answer: Callable, *given: Any, **how: Any) -> Any:
             asked.add("TrainState.reference")
-            return answer(*given)
+            return answer(*given, **how)
 
         bound_ = bound_._replace(reference=functools.partial(noted, bound_.score),
                                  generate_reference=functools.partial(noted, bound_.generate))  # fmt: skip

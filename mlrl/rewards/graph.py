@@ -28,6 +28,16 @@ def countdown(rollout: Rollout, prompts: Prompts) -> Array:
     return verifiers.countdown_verifier(rollout, prompts)
 
 
+def ngram_overlap(rollout: Rollout, prompts: Prompts, *, max_order: int = 6, beta: float = 2.0) -> dict[str, Array]:
+    """How close the completion comes to the answer: {"reward": `verifiers.ngram_f_verifier`, "outcome": exactly right}.
+
+    Args:
+      max_order, beta: of the n-grams of tokens and of recall, as in chrF.
+    """
+    close = verifiers.ngram_f_verifier(rollout, prompts, max_order=max_order, beta=beta)
+    return {"reward": close, "outcome": verifiers.arithmetic_verifier(rollout, prompts)}
+
+
 def noisy(
     rollout: Rollout, prompts: Prompts, *, verifier: Callable[[Rollout, Prompts], Array] = arithmetic,
     noise: float = 1.0, seed: int = 0,

@@ -67,7 +67,7 @@ def in_graph(f: Callable[[Rollout, Prompts], Array], *, name: str = "") -> Rewar
     name = name or name_of(f)
 
     def judge(rollout: Rollout, prompts: Prompts) -> Rewards:
-        return _rewards(_attempt(f, name, rollout, prompts), rollout, name)
+        return as_rewards(_attempt(f, name, rollout, prompts), rollout, name)
 
     judge_jitted = jax.jit(judge)
 
@@ -81,12 +81,13 @@ def with_models(f: Callable[..., Array], *, name: str = "") -> RewardFn:
     """Lifts f(models, rollout, prompts) -> [B] or [B,L]: a jittable function that asks models.
 
     `models.generate(prompts, key)`, `models.score(rollout)` and `models.reference(rollout)` are bound to the
-    current policy and the frozen reference. No gradient flows through a reward. Otherwise like `in_graph`.
+    current policy and the frozen reference (types.Models). No gradient flows through a reward. Otherwise like
+    `in_graph`.
     """
     name = name or name_of(f)
 
     def update(state, rollout, prompts, task, models):
-        return _rewards(_attempt(f, name, models, rollout, prompts), rollout, name), state
+        return as_rewards(_attempt(f, name, models, rollout, prompts), rollout, name), state
 
     return RewardFn(tuple, update, True, (name, f"unscored/{name}"))
 
@@ -110,7 +111,7 @@ def stateful(
             raise Refused(
                 f"reward {name!r} must return a state with the structure, shapes and dtypes it was given"
             )
-        return _rewards(value, rollout, name), new_state
+        return as_rewards(value, rollout, name), new_state
 
     return RewardFn(init, lifted, True, (name, f"unscored/{name}"))
 
@@ -156,8 +157,8 @@ def _numbers(value: Any, name: str) -> Array:
     return jax.lax.stop_gradient(array.astype(jnp.float32))
 
 
-def _rewards(value: Any, rollout: Rollout, name: str) -> Rewards:
-    """Rewards from what an in-graph function returned: [B], [B,L], or a mapping with entry "reward"."""
+def as_rewards(value: Any, rollout: Rollout, name: str) -> Rewards:
+    """Rewards from what an in-graph function returned: [B], [B,L], or a mapping with entry "reward"; see `in_graph`."""
     mask = rollout.action_mask
     rows, length = mask.shape
     entries = dict(value) if isinstance(value, Mapping) else {"reward": value}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 def plain(question: str) -> str:
@@ -24,6 +24,11 @@ def answer_after_hashes(question: str) -> str:
 def knights_and_knaves(quiz: str) -> str:
     """The quiz, and the form of the answer that answers.knights_and_knaves_roles reads."""
     return f"{quiz}\nAnswer with one line per inhabitant, such as (1) Zoey is a knight.\n"
+
+
+def translation(*, source: str = "English", target: str = "German") -> Callable[[str], str]:
+    """A template that names both languages, on two lines: English: ... / German:"""
+    return lambda text: f"{source}: {text}\n{target}:"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Verifiers of puzzles as array functions: (rollout, prompts repeated to B rows) -> [B], 1.0 where right."""
+"""Verifiers as array functions: (rollout, prompts repeated to B rows) -> [B], 1.0 where right, or how close it is."""
 
 from __future__ import annotations
 
@@ -89,6 +89,57 @@ def countdown_verifier(rollout: Rollout, prompts: Prompts) -> Array:
     end = close(end)
     complete = ~prompts.example["use_all"] | jnp.all(end["used"] | (numbers <= 0), axis=1)
     return _float(end["ok"] & complete & (end["total"] + end["term"] == target) & ~rollout.truncated)
+
+
+def ngram_f_verifier(rollout: Rollout, prompts: Prompts, *, max_order: int = 6, beta: float = 2.0) -> Array:
+    """How close what the policy wrote comes to the answer, 0 to 1: `ngram_f` of its tokens but for the final EOS. [B].
+
+    Reads example["answer_tokens"] and example["answer_valid"] [B,T], the answer without EOS.
+    """
+    written, _ = _written(rollout)
+    written |= rollout.truncated[:, None] & rollout.action_mask
+    order = jnp.argsort(~written, axis=1, stable=True)
+    tokens, valid = (jnp.take_along_axis(x, order, axis=1) for x in (jnp.asarray(rollout.tokens), written))
+    answer = (jnp.asarray(prompts.example[name]) for name in ("answer_tokens", "answer_valid"))
+    return ngram_f(tokens, valid, *answer, max_order=max_order, beta=beta)
+
+
+def ngram_f(tokens: Array, valid: Array, answer: Array, answer_valid: Array, *, max_order: int = 6,
+            beta: float = 2.0) -> Array:  # fmt: skip
+    """The F-score of n-grams of tokens, as chrF has it of characters.
+
+        P = mean over n of matches_n / n-grams of the row,  R = mean over n of matches_n / n-grams of the answer,
+        F = (1 + beta^2) P R / (beta^2 P + R)
+
+    for n = 1 .. max_order. An n-gram matches as often as it is in both. An n that both are too short for is left out;
+    if one is, it counts 0.
+
+    Args:
+      tokens, valid: [B,T], packed to the left.
+      answer, answer_valid: [B,A], packed to the left.
+    Returns: [B] float32 in [0,1].
+    Reference: Popovic 2015, "chrF: character n-gram F-score"; there beta is 2 and max_order 6. `chrf.chrf` is that.
+    """
+    same, among = tokens[:, :, None] == answer[:, None, :], tokens[:, :, None] == tokens[:, None, :]
+    earlier = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
+    shifted = lambda x, axes, n: jnp.pad(  # noqa: E731
+        x[(slice(None), *(slice(n, None) if axis in axes else slice(None) for axis in range(1, x.ndim)))],
+        [(0, 0), *((0, min(n, x.shape[axis])) if axis in axes else (0, 0) for axis in range(1, x.ndim))],
+    )  # fmt: skip
+    precision, recall, orders = (jnp.zeros(tokens.shape[0]) for _ in range(3))
+    alike, like_itself = jnp.ones_like(same), jnp.ones_like(among)
+    for n in range(max_order):
+        here, there = shifted(valid, (1,), n), shifted(answer_valid, (1,), n)
+        alike &= shifted(same, (1, 2), n)
+        like_itself &= shifted(among, (1, 2), n)
+        rank = jnp.sum(like_itself & earlier & here[:, None, :], axis=2)
+        matches = jnp.sum(here & (rank <= jnp.sum(alike & there[:, None, :], axis=2)), axis=1)
+        mine, theirs = jnp.sum(here, axis=1), jnp.sum(there, axis=1)
+        precision += matches / jnp.maximum(mine, 1)
+        recall += matches / jnp.maximum(theirs, 1)
+        orders += (mine > 0) | (theirs > 0)
+    precision, recall = (x / jnp.maximum(orders, 1) for x in (precision, recall))
+    return (1 + beta**2) * precision * recall / jnp.maximum(beta**2 * precision + recall, 1e-30)
 
 
 def _written(rollout: Rollout) -> tuple[Array, Array]:
