@@ -34,8 +34,9 @@ test: install
 test-all: install
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
+# Beside bare JAX, TRL and tunix, the latter two in environments of their own; QUICK=1: beside bare JAX only.
 bench: install
-	$(BIN)/python -m benchmarks.run
+	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.run $(if $(QUICK),--quick)
 
 # Losses beside TRL's and models beside transformers', in an environment of their own; says so when that cannot be made.
 parity: install
@@ -61,5 +62,5 @@ lock:
 	  > requirements.lock.new && mv requirements.lock.new requirements.lock
 
 clean:
-	rm -rf .venv .libtpu .jax_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv benchmarks/peers/.venv-tunix .libtpu .jax_cache .pytest_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,6 +1,6 @@
 """A bare decode loop, the measure of mlrl.generate: unrolled layers, fused qkv, a cache a layer in the carry.
 
-It samples at temperature 1 and knows nothing else: no padding, no EOS, no log-probs, no groups.
+It samples at temperature 1 and knows nothing else: no padding of prompts, no log-probs, no groups.
 Weights are a dict {"embedding" [V,D], "norm" [D], "layers": [{"attention_norm", "qkv", "out", "mlp_norm", "gate_up",
 "down"}, ...]}; qkv is [D,K,H+2,W]: beside each key/value head its own H query heads, then the key, then the value.
 """
@@ -39,29 +39,41 @@ def layer(w, x, positions, mask, cache, column):
     return x + (jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]) @ w["down"], (keys, values)
 
 
-def decode(params, prompts, key, *, new_tokens):
-    """Appends `new_tokens` sampled tokens to prompts [B,P] int32. Returns [B,new_tokens]."""
-    rows, width = prompts.shape
+def prefill(params, prompts, new_tokens):
+    """Reads prompts [B,P]: the last hidden states [B,D], and caches with room for `new_tokens` more columns."""
+    width = prompts.shape[1]
     x, caches = params["embedding"][prompts], []
     for w in params["layers"]:
         x, (keys, values) = layer(w, x, jnp.arange(width), jnp.tril(jnp.ones((width, width), bool)), None, 0)
         room = ((0, 0), (0, 0), (0, 0), (0, new_tokens))
         caches.append((jnp.pad(keys, room), jnp.pad(values, (*room[:2], room[3], room[2]))))
+    return x[:, -1], caches
+
+
+def decode(params, prompts, key, *, new_tokens, eos=-1):
+    """Appends at most `new_tokens` sampled tokens to prompts [B,P] int32, until every row has its `eos`.
+
+    Returns [B,new_tokens]; what a row has behind its first `eos` means nothing.
+    """
+    rows, width = prompts.shape
+    last, caches = prefill(params, prompts, new_tokens)
 
     def choose(x, t):
         logits = norm(x, params["norm"]) @ params["embedding"].T
         return jax.random.categorical(jax.random.fold_in(key, t), logits).astype(jnp.int32)
 
     def step(carry):
-        t, token, tokens, caches = carry
+        t, token, tokens, caches, done = carry
         column, written = width + t - 1, []
         x = params["embedding"][token][:, None]
         for w, cache in zip(params["layers"], caches):
             x, cache = layer(w, x, column[None], jnp.arange(width + new_tokens) <= column, cache, column)
             written.append(cache)
         token = choose(x[:, 0], t)
-        return t + 1, token, lax.dynamic_update_slice(tokens, token[:, None], (0, t)), written
+        tokens = lax.dynamic_update_slice(tokens, token[:, None], (0, t))
+        return t + 1, token, tokens, written, done | (token == eos)
 
-    token = choose(x[:, -1], 0)
+    token = choose(last, 0)
     tokens = jnp.zeros((rows, new_tokens), jnp.int32).at[:, 0].set(token)
-    return lax.while_loop(lambda carry: carry[0] < new_tokens, step, (jnp.int32(1), token, tokens, caches))[2]
+    carry = (jnp.int32(1), token, tokens, caches, token == eos)
+    return lax.while_loop(lambda carry: (carry[0] < new_tokens) & ~jnp.all(carry[-1]), step, carry)[2]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.run import CONFIG, machine, take_turns
+from benchmarks.measuring import CONFIG, machine, take_turns
 from mlrl import reductions, scoring, updates
 from mlrl.batches import unannotated
 from mlrl.generation import generate

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 
-from benchmarks.run import CONFIG, machine, take_turns
+from benchmarks.measuring import CONFIG, machine, take_turns
 from mlrl import meshes, runs
 from mlrl.loops import online
 from mlrl.losses import policy

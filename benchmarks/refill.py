@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.run import CONFIG, machine, take_turns
+from benchmarks.measuring import CONFIG, machine, take_turns
 from mlrl import generation
 from mlrl.models.transformer import Transformer, initialize
 from mlrl.refilled import refilled

@@ -19,18 +19,25 @@ def log_probs(params, tokens, *, prompt_tokens):
 
 
 def loss(params, tokens, old, advantages, *, prompt_tokens, all_tokens):
-    """PPO's clipped surrogate: a sum over the rows given, divided by the tokens of the whole minibatch."""
-    ratio = jnp.exp(log_probs(params, tokens, prompt_tokens=prompt_tokens) - old)
+    """PPO's clipped surrogate: a sum over the rows given, divided by the tokens of the whole minibatch.
+
+    Without old log-probs, the policy is its own: the ratio is 1, and has a gradient.
+    """
+    new = log_probs(params, tokens, prompt_tokens=prompt_tokens)
+    ratio = jnp.exp(new - (jax.lax.stop_gradient(new) if old is None else old))
     surrogate = jnp.minimum(ratio * advantages, jnp.clip(ratio, 0.8, 1.2) * advantages)
     return -jnp.sum(surrogate) / all_tokens
 
 
-def step(params, opt_state, tokens, old, advantages, *, optimizer, prompt_tokens, micro_batch_rows=0):
+def step(params, opt_state, tokens, old, advantages, *, optimizer, prompt_tokens, micro_batch_rows=0,
+         all_tokens=None):
     """One optimizer step; gradients are accumulated over micro-batches by a scan (0 rows: one batch).
 
-    tokens [B,L] int32; old, advantages [B, L - prompt_tokens]. Returns (params, opt_state, loss).
+    tokens [B,L] int32; old (or None), advantages [B, L - prompt_tokens], 0 where there is no token; all_tokens: how
+    many there are, None if all columns are. Returns (params, opt_state, loss).
     """
-    grad = jax.value_and_grad(lambda p, *rows: loss(p, *rows, prompt_tokens=prompt_tokens, all_tokens=old.size))
+    count = advantages.size if all_tokens is None else all_tokens
+    grad = jax.value_and_grad(lambda p, *rows: loss(p, *rows, prompt_tokens=prompt_tokens, all_tokens=count))
     rows = (tokens, old, advantages)
     if micro_batch_rows:
         pieces = jax.tree.map(lambda x: x.reshape(-1, micro_batch_rows, x.shape[1]), rows)

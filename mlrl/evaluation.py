@@ -45,6 +45,8 @@ class Evaluation:
     prompts          how many prompts
     samples          k completions a prompt, besides the greedy one; 0: greedy only
     every_steps      measured before, after, and every so many steps; 0: before and after only
+    sampling         of those k; the temperature, top-k and top-p
+    seed             of the samples
     answer           completion -> the answer that maj@k votes on
     parts            parts of the reward, such as "length_tokens", whose means over completions are measured too: of the
                      sampled ones, or without any of the greedy ones

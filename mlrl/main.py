@@ -60,6 +60,9 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     train.add_argument("--report", action="store_true", help="write report.html at the end and print a summary")
     train.add_argument("--seeds", type=int, default=0, metavar="S",
                        help="train S seeds together, from SEED on, in folders RUN_DIR/seed_<n>")  # fmt: skip
+    train.add_argument("--sweep", action="append", default=[], metavar="NAME=V1,V2",
+                       help="train each value of a macro or binding together, in folders RUN_DIR/<NAME=V>/seed_<n>; "
+                            "again for a grid")  # fmt: skip
     train.add_argument("--profile_steps", default="", metavar="FIRST:LAST",
                        help="trace these steps, as 20:22, into RUN_DIR/profile")  # fmt: skip
     check = add("check", _check, "Say in words what an experiment would do, without compiling anything.")
@@ -99,20 +102,15 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
 
     processes.join()
     folder = arguments.run_dir or f"runs/{pathlib.Path(arguments.experiment).stem}"
+    if arguments.seeds or arguments.sweep:
+        _train_together(arguments, overrides, folder)
+        return
     experiment, config = load(arguments.experiment, overrides)
     from mlrl import folders, profiling, runs
-    from mlrl.loops import checks
-    from mlrl.types import Refused
 
     profile = profiling.Steps.parse(arguments.profile_steps) if arguments.profile_steps else profiling.Steps()
     loop, parts = _prepared(experiment)
-    if hasattr(parts, "reward"):
-        checks.rewards_are_finite(parts.reward, experiment.task)
-    if arguments.seeds and arguments.profile_steps:
-        raise Refused("--profile_steps traces one run: leave out --seeds")
-    if arguments.seeds:
-        _train_seeds(arguments, overrides, folder, parts)
-        return
+    _require_finite_rewards(parts)
 
     def claim() -> None:
         folders.claim_run_folder(folder, config, may_differ=("num_steps", "num_rounds"))
@@ -129,28 +127,70 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
         print(f"report: {page}")
 
 
-def _train_seeds(arguments: argparse.Namespace, overrides: dict[str, str], folder: str, parts: Any) -> None:
-    """Trains a prepared experiment, and the same with the next seeds, each in a folder of its own."""
+def _train_together(arguments: argparse.Namespace, overrides: dict[str, str], folder: str) -> None:
+    """Trains an experiment with several seeds, settings, or both by one program, each run in a folder of its own."""
     from mlrl import folders as folders_
-    from mlrl.loops import seeds
+    from mlrl.loops import seeds, sweeps
+    from mlrl.types import Refused
 
-    seeds.fits(parts, arguments.seeds)
+    if arguments.profile_steps:
+        raise Refused("--profile_steps traces one run: leave out --seeds and --sweep")
+    variants, claims = [], []
+    for setting in sweeps.settings(arguments.sweep):
+        given, name = overrides | setting, sweeps.name_of(setting)
+        parts = _prepared(load(arguments.experiment, given)[0])[1]
+        _require_finite_rewards(parts)
+        count, operative = arguments.seeds or (1 if setting else 0), _operative_config()
+        seeds.fits(parts, count, name)
+        names = range(parts.experiment.seed, parts.experiment.seed + count)
+        loaded = [load(arguments.experiment, given | {"SEED": str(seed)}) for seed in names]
+        folders_.require_only_seeds_differ([config for _, config in loaded], [e.seed for e, _ in loaded], names)
+        own = [pathlib.Path(folder, name, f"seed_{seed}") for seed in names]
+        variants.append(seeds.Variant(parts, [experiment for experiment, _ in loaded], own, _bound_now(), name))
+        claims += [(path, config, re.sub(r"(?m)^SEED = .*$", f"SEED = {seed}", operative))
+                   for seed, path, (_, config) in zip(names, own, loaded)]  # fmt: skip
     folders_.require_no_run(folder)
-    operative, first = _operative_config(), parts.experiment.seed
-    names = range(first, first + arguments.seeds)
-    loaded = [load(arguments.experiment, overrides | {"SEED": str(seed)}) for seed in names]
-    folders_.require_only_seeds_differ([config for _, config in loaded], [e.seed for e, _ in loaded], names)
-    own = [pathlib.Path(folder, f"seed_{seed}") for seed in names]
-    for seed, path, (_, config) in zip(names, own, loaded):
+    for path, config, operative in claims:
         folders_.claim_run_folder(path, config, may_differ=("num_steps",))
-        path.joinpath("operative_config.gin").write_text(re.sub(r"(?m)^SEED = .*$", f"SEED = {seed}", operative))
-    seeds.train(parts, [experiment for experiment, _ in loaded], own)
+        path.joinpath("operative_config.gin").write_text(operative)
+    seeds.train(variants)
     if arguments.report:
         from mlrl import report
 
+        own = [path for path, *_ in claims]
         page = report.write_report(own, pathlib.Path(folder, "report.html"))
         print("\n".join(report.summary_table(path) for path in own))
         print(f"report: {page}")
+
+
+def _bound_now() -> Any:
+    """A function that gives a context in which gin has bound what it has now."""
+    import gin
+
+    bound = dict(gin.config._CONFIG)
+
+    def swap(to: dict) -> dict:
+        before = dict(gin.config._CONFIG)
+        gin.config._CONFIG.clear()
+        gin.config._CONFIG.update(to)
+        return before
+
+    @contextlib.contextmanager
+    def inside() -> Iterator[None]:
+        before = swap(bound)
+        try:
+            yield
+        finally:
+            swap(before)
+
+    return inside
+
+
+def _require_finite_rewards(parts: Any) -> None:
+    from mlrl.loops import checks
+
+    if hasattr(parts, "reward"):
+        checks.rewards_are_finite(parts.reward, parts.experiment.task)
 
 
 def _check(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:

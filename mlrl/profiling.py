@@ -141,10 +141,28 @@ def shares(cost: Cost | None, line: dict[str, float], seconds: float, peak: Peak
     """
     if cost is None:
         return {}
-    longest = line.get("length/max", 0.0)
-    done = min(1.0, longest / (cost.decode_turns + 1)) if longest else 1.0
-    rate = (cost.flops + cost.decode_flops * done) / seconds
+    rate = (cost.flops + cost.decode_flops * _decoded(cost, line)) / seconds
     return {"flops_per_second": rate} | ({"mfu": rate / (peak.flops * cost.devices)} if peak else {})
+
+
+def bandwidth(cost: Cost | None, line: dict[str, float], peak: Peak | None) -> dict[str, float]:
+    """Bytes/s of weights and caches that decoding reads by formula, and their share of what the devices' memory can do;
+    {} where the cost is not known or the rollout was not timed in this step.
+
+    The time is that of the whole rollout, prompts included, so that decoding itself reads no slower than this.
+    """
+    seconds = line.get("seconds/rollout", 0.0)
+    if cost is None or not cost.decode_bytes or not seconds:
+        return {}
+    rate = cost.decode_bytes * _decoded(cost, line) / seconds
+    share = {"bandwidth_share": rate / (peak.bandwidth * cost.rollout_devices)} if peak else {}
+    return {"decode_bytes_per_second": rate} | share
+
+
+def _decoded(cost: Cost, line: dict[str, float]) -> float:
+    """The share of decoding's turns that a step took: up to its longest row."""
+    longest = line.get("length/max", 0.0)
+    return min(1.0, longest / (cost.decode_turns + 1)) if longest else 1.0
 
 
 def peak() -> Peak | None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mlrl import generation, meshes
-from mlrl.models.attention import Cache
+from mlrl.models.attention import Cache, columnwise
 from mlrl.models.transformer import Transformer, empty_caches
 from mlrl.sampling import Sampling
 from mlrl.scoring import Prefix, prefill
@@ -196,7 +196,7 @@ def _turned(held: Slots, columns: int, *, ring: int) -> Slots:
         prompt, own = jnp.split(x, [x.shape[axis] - ring], axis=axis)
         return jnp.concatenate([prompt, jnp.roll(own, -columns, axis=axis)], axis=axis)
 
-    caches = tuple((turned(keys, 3), turned(values, 2)) for keys, values in held.caches)
+    caches = tuple(columnwise(turned, cache) for cache in held.caches)
     return held._replace(caches=caches, column=(held.column - columns) % ring)
 
 

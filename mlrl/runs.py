@@ -27,8 +27,10 @@ class Recording:
     """What a run writes down.
 
     save_every_steps      a checkpoint every so many steps, besides the first and the last
-    keep_last, keep_best  how many checkpoints stay; the best by `best_metric`, an evaluation's "task/metric"
-    samples_every_steps   rows go to samples.jsonl every so many steps; `samples_rows` of them
+    keep_last, keep_best  how many checkpoints stay, of the last and of the best
+    best_metric           what the best are the best by: an evaluation's "task/metric"
+    samples_every_steps   rows go to samples.jsonl every so many steps
+    samples_rows          so many of them
     phases_every_steps    how often the rollout is timed by itself where the whole step is one program; 0: never
     max_bad_updates       updates in a row that may be skipped because they were not finite
     max_unscored_share    the share of a step's rows that may go without a reward
@@ -185,6 +187,7 @@ class Run:
             line |= counted | {"tokens_per_second": line["tokens"] / seconds}
             line |= profiling.shares(self._cost, line, seconds, profiling.peak())
         lines[-1] |= self._timed_phases(seconds, lines[-1]["tokens"])
+        lines[-1] |= profiling.bandwidth(self._cost, lines[-1], profiling.peak())
         results = self._evaluated(state, step)
         lines[-1] |= _flat(results)
         for i, line in enumerate(lines, start=step + 1 - len(lines)):

@@ -12,9 +12,11 @@ from mlrl.types import Array, Refused, require_whole
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn: temperature (0.0: greedy), then top-k (0: off), then top-p (1.0: off).
+    """How tokens are drawn: the temperature first, then top-k, then top-p.
 
-    An experiment sets numbers. A temperature that is chosen while the program runs is an array [], above 0.
+    temperature  divides the logits; 0.0: the likeliest token. One chosen while the program runs is an array [], above 0
+    top_k        only so many of the likeliest tokens; 0: all
+    top_p        only the likeliest tokens that together have this probability; 1.0: all
     """
 
     temperature: float | Array = 1.0

@@ -15,6 +15,7 @@ from mlrl.models.transformer import (
     Transformer,
     causal_mask,
     empty_caches,
+    in_own_dtype,
     row_positions,
     rows_of_caches,
     widen_caches,
@@ -131,6 +132,7 @@ def shared_prompts() -> Forward:
     def prepare(model: Transformer, params: Params, prompts: Prompts) -> tuple[dict[str, Prefix]]:
         trunks = (Transformer.__call__, Transformer.critic_hidden) if model.config.critic_layers else (
             Transformer.__call__,)  # fmt: skip
+        model = in_own_dtype(model)
         return ({trunk.__name__: prefill(model, params, prompts, trunk) for trunk in trunks},)
 
     def score_(model: Transformer, params: Params, prompts: Prompts, rollout: Rollout, prefixes: dict[str, Prefix],

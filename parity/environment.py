@@ -11,15 +11,16 @@ import sys
 
 FOLDER = pathlib.Path(__file__).resolve().parent / ".venv"
 PACKAGES = ("torch==2.13.0", "trl==1.16.0", "transformers==5.24.0")
+IMPORTS = "torch, transformers, trl"
 
 
-def make(folder: pathlib.Path) -> str:
+def make(folder: pathlib.Path, packages: tuple[str, ...] = PACKAGES, modules: str = IMPORTS) -> str:
     """Makes the environment if it is not there; returns "" or, in a line, why it could not."""
     python = folder / "bin" / "python"
-    imports = [str(python), "-c", "import torch, transformers, trl"]
+    imports = [str(python), "-c", f"import {modules}"]
     if python.is_file() and not subprocess.run(imports, capture_output=True).returncode:
         return ""
-    install = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", *PACKAGES]
+    install = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", *packages]
     return _all_done([sys.executable, "-m", "venv", str(folder)], install)
 
 

@@ -87,7 +87,7 @@ def test_the_readme_s_command_trains(folder, capsys):
     table = re.search(r"^\| file \| .*?\n\n", TEXTS["docs/run_folder.md"], re.M | re.S).group()
     told = set(re.findall(r"^\| `([\w.]+)/?`", table, re.M))
     there = {path.name for path in run.iterdir() if not path.name.startswith(".")}
-    unasked = {"results.json", "profile"}  # there are none without an evaluation, and without --profile_steps
+    unasked = {"results.json", "profile", "chunks.json"}  # not without an evaluation, --profile_steps, chunks.fastest
     assert told - unasked == there - unasked
 
 
@@ -150,3 +150,14 @@ def test_the_episodes_of_the_docs_train(name, shown, folder, capsys):
         assert all(len(row["observed"]) == row["parts"]["from_environment/turns"] - 1 for row in samples)
     else:  # the baseline is the old one: 0 in the first step
         assert [line["controller/role_conditioned/0"] == 0 for line in lines if "loss" in line] == [True, False]
+
+
+def test_the_table_of_knobs_is_that_of_the_code(monkeypatch):
+    monkeypatch.syspath_prepend(REPO / "docs")
+    import make_knobs
+
+    page = make_knobs.knobs_page()
+    assert page == (REPO / "docs" / "knobs.md").read_text(), "run python docs/make_knobs.py"
+    assert "| `ppo_clip.clip_high` | `0.2` | how far above 1 it may rise; 0.28 in DAPO. |" in page
+    silent = [line for line in page.splitlines() if line.endswith("|  |")]
+    assert not silent, f"docstrings say nothing of: {silent}"

@@ -20,8 +20,8 @@ BLOCKS = (
     ("rollout", "sampling generation refilled rollouts environments"),
     ("rewards", "rewards"),
     ("learning", "optimizers updates costs"),
-    ("IO", "folders checkpoints profiling writers evaluation evaluation_stored evaluation_attempts evaluation_games "
-           "evaluation_judges report runs export"),
+    ("IO", "folders chunks checkpoints profiling writers evaluation evaluation_stored evaluation_attempts "
+           "evaluation_games evaluation_judges report runs export"),
     ("loops", "loops"),
     ("pods", "pods"),
     ("the door", "main __main__"),

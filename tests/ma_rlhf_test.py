@@ -1,5 +1,7 @@
 """The table of the study of macro actions: parity with the token arm."""
 
+import pytest
+
 from experiments.ma_rlhf import compare
 
 CURVES = {
@@ -13,6 +15,12 @@ def test_parity_is_the_first_evaluation_after_the_start_that_reaches_the_goal():
 
 
 def test_the_table_measures_every_arm_by_the_tokens_last_mean():
-    text = compare.table(CURVES, {"token": 1.0, "fixed_5": 2.0})
-    assert "steps to 0.500" in text
-    assert "| never, 10 | 1.0 |" in text and "| 10, never | 2.0 |" in text
+    token, macro = compare.table(CURVES).splitlines()[2:]
+    assert "steps to 0.500" in compare.table(CURVES)
+    assert token.endswith("| never, 10 |") and macro.endswith("| 10, never |")
+    assert "| 0.375 [" in macro and "| -0.100 [" in macro  # (0.4 - 0.3) and (0.35 - 0.65), halved
+
+
+def test_without_the_token_arm_there_is_nothing_to_measure_by():
+    with pytest.raises(SystemExit, match="add it to --arms"):
+        compare.table({"fixed_5": CURVES["fixed_5"]})

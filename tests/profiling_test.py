@@ -1,5 +1,7 @@
 """What was compiled and why, traces of steps, and shares of a peak."""
 
+import dataclasses
+import functools
 import json
 import pathlib
 import sys
@@ -14,9 +16,13 @@ import worlds  # noqa: E402
 
 from mlrl import main, profiling, runs  # noqa: E402
 from mlrl.costs.devices import Peak, peak_of  # noqa: E402
-from mlrl.costs.work import Cost  # noqa: E402
+from mlrl.costs.work import Cost, of_step  # noqa: E402
 from mlrl.loops import online  # noqa: E402
+from mlrl.refilled import refilled  # noqa: E402
+from mlrl.rollouts.single_turn import single_turn  # noqa: E402
 from mlrl.types import Refused  # noqa: E402
+
+SLOTS = functools.partial(refilled, slots=8)
 
 
 def lines_of(path):
@@ -44,7 +50,7 @@ def test_a_program_that_is_compiled_again_is_named_with_the_shape_that_changed(t
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    recording = runs.Recording(count_flops=True, phases_every_steps=0)
+    recording = runs.Recording(count_flops=True, phases_every_steps=1)
     with runs.Run(folder, recording, profile=profiling.Steps(2, 3)) as run:
         online.train(worlds.sums(num_steps=4, recording=recording, evaluations=()), run)
     return folder
@@ -68,6 +74,49 @@ def test_a_run_logs_flops_by_formula(run):
     tokens = 32 * (4 + 3)  # rows of prompt and completion; sampled once, and learned from forward and backward
     parameters = 16 * 24 * 3 + 16 * (2 + 2) * 8 + 16 * 16 + 16 * 14  # of the tiny model's products
     assert 1 * 2 * parameters * tokens < flops < 6 * 2 * parameters * tokens
+
+
+def test_a_run_logs_what_decoding_reads_by_formula(run):
+    timed = [line for line in lines_of(run / "metrics.jsonl") if "seconds/rollout" in line]
+    assert timed
+    for line in timed:
+        assert "bandwidth_share" not in line, "nobody knows the peak of a CPU"
+        read = line["decode_bytes_per_second"] * line["seconds/rollout"]
+        vocabulary = worlds.sums().task.vocabulary.size
+        parameters = 16 * 24 * 3 + 16 * (2 + 2) * 8 + 16 * 16 + 16 * vocabulary + 3 * 16  # of one layer; and norms
+        caches = 32 * (4 + 3) * 2 * 8  # rows, columns, keys and values, one head
+        turns = 2 * line["length/max"] / 3
+        assert read == pytest.approx(4 * (parameters + caches) * turns)
+
+
+def test_bandwidth_by_hand():
+    cost = Cost(100.0, 40.0, 9, devices=4, decode_bytes=80.0, rollout_devices=2)
+    line = {"length/max": 5.0, "seconds/rollout": 4.0}
+    found = profiling.bandwidth(cost, line, Peak(20.0, 50.0))
+    assert found == {"decode_bytes_per_second": 10.0, "bandwidth_share": pytest.approx(0.1)}
+    assert profiling.bandwidth(cost, line, None) == {"decode_bytes_per_second": 10.0}
+    for nothing in ((None, line), (cost, {}), (Cost(1.0), line)):
+        assert profiling.bandwidth(*nothing, Peak(20.0, 50.0)) == {}
+
+
+@pytest.mark.parametrize(("changes", "factor"), [
+    ({}, 1.0), ({"steps_ahead": 1}, 0.0), ({"max_attempts": 2}, 0.0),
+    ({"rollout_fn": functools.partial(single_turn, max_completion_tokens=3, sampler=SLOTS)}, 0.0),
+], ids=["plain", "ahead", "attempts", "slots"])  # fmt: skip
+def test_bytes_are_counted_where_the_formula_holds(changes, factor):
+    parts = online.prepare(worlds.sums(evaluations=(), **changes))
+    found = of_step(parts, online.programs(parts))
+    assert (found.decode_bytes > 0) == bool(factor)
+
+
+def test_narrow_caches_and_weights_are_read_as_they_are():
+    def read(**config):
+        parts = online.prepare(worlds.sums(model=dataclasses.replace(worlds.TINY, **config), evaluations=()))
+        return of_step(parts, online.programs(parts)).decode_bytes
+
+    caches = 2 * 32 * 7 * 2 * 8 * 4
+    assert read() - read(cache_dtype="int8") == pytest.approx(caches * (1 - 12 / 32))
+    assert read(dtype="bfloat16") == pytest.approx(read() / 2)
 
 
 def test_shares_by_hand():

@@ -2,55 +2,32 @@
 
     python -m experiments.ma_rlhf.compare FOLDER [--seeds 5] [--arms token fixed_5 ...] [--gin.NAME=VALUE ...]
 
-Each arm is `mlrl train --seeds`, one program for all its seeds; a finished arm is not run again. All arms of a seed
-start from the same warm start. Steps to parity are a seed's first evaluation that is no worse than the mean over seeds
-of the last evaluation of `token`, the arm whose every token is an action.
+Arms are experiments/ma_rlhf/NAME.gin; see experiments/arms.py for what is kept in FOLDER. Steps to parity are a seed's
+first evaluation that is no worse than the mean over seeds of the last evaluation of `token`, the arm whose every token
+is an action.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import pathlib
-import subprocess
-import sys
-import time
+from typing import Any
 
-from experiments.study import curve, plot, shown
+from experiments import arms
+from experiments.study import plot, shown
+from mlrl.metrics import t_interval
 
-ARMS = ("token", "token_long", "fixed_3", "fixed_5", "fixed_10", "totals", "perplexity")
-METRIC = "mean@2"
+NAMES = ("token", "token_long", "fixed_3", "fixed_5", "fixed_10", "totals", "perplexity")
+ARMS = {name: f"experiments/ma_rlhf/{name}.gin" for name in NAMES}
+TASK, METRIC = "held_out_chains", "mean@2"
 
 
 def main() -> None:
     """Runs what is missing, then writes FOLDER/table.md and FOLDER/plot.png."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=pathlib.Path)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
-    arguments, overrides = parser.parse_known_args()
-    arms = ("token", *(name for name in arguments.arms if name != "token"))
-    for name in arms:
-        trained(arguments.folder / name, name, arguments.seeds, overrides)
-    curves = {name: [curve(arguments.folder / name / f"seed_{seed}", METRIC) for seed in range(arguments.seeds)]
-              for name in arms}  # fmt: skip
-    minutes = {name: json.loads((arguments.folder / name / "study.json").read_text())["minutes"] for name in arms}
-    text = table(curves, minutes)
-    (arguments.folder / "table.md").write_text(text)
-    plot(curves, METRIC, arguments.folder / "plot.png")
+    folder, found = arms.from_command_line(__doc__.splitlines()[0], ARMS)
+    curves = {name: [arms.evaluated(one, TASK, METRIC) for one in runs] for name, runs in found.items()}
+    text = table(curves)
+    (folder / "table.md").write_text(text)
+    plot(curves, METRIC, folder / "plot.png")
     print(text)
-
-
-def trained(folder: pathlib.Path, name: str, seeds: int, overrides: list[str]) -> None:
-    """All seeds of an arm, unless they are there; the wall time in minutes goes to study.json."""
-    if (folder / "study.json").is_file():
-        return
-    command = [sys.executable, "-m", "mlrl", "train", f"experiments/ma_rlhf/{name}.gin", "--run_dir", str(folder),
-               "--seeds", str(seeds), *overrides]  # fmt: skip
-    print(" ".join(command[2:]), flush=True)
-    start = time.time()
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-    (folder / "study.json").write_text(json.dumps({"minutes": (time.time() - start) / 60}))
 
 
 def parity(one: dict[int, float], goal: float) -> int | None:
@@ -58,18 +35,37 @@ def parity(one: dict[int, float], goal: float) -> int | None:
     return next((step for step, value in sorted(one.items()) if step > 0 and value >= goal), None)
 
 
-def table(curves: dict[str, list[dict[int, float]]], minutes: dict[str, float]) -> str:
-    """A Markdown table: before, after, and each seed's steps to parity with the last value of `token`."""
-    goal = sum(one[max(one)] for one in curves["token"]) / len(curves["token"])
-    lines = [f"| arm | seeds | {METRIC} before | {METRIC} after | steps to {goal:.3f} | minutes, all seeds |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
+def over_training(one: dict[int, float]) -> float:
+    """The mean of all evaluations after the start: what was learned, and how soon."""
+    values = [value for step, value in one.items() if step > 0]
+    return sum(values) / len(values)
+
+
+def table(curves: dict[str, list[dict[int, float]]]) -> str:
+    """A Markdown table: before, after, over training and less `token` there, and each seed's steps to parity."""
+    base: Any = curves.get("token")
+    if base is None:
+        raise SystemExit("ma_rlhf: the table is measured by the arm `token`: add it to --arms")
+    goal = sum(one[max(one)] for one in base) / len(base)
+    lines = [f"| arm | seeds | {METRIC} before | after | mean over training | less token | steps to {goal:.3f} |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
     for name, runs in curves.items():
         steps = [parity(one, goal) for one in runs]
         each = ", ".join("never" if step is None else str(step) for step in steps)
         before, after = ([one[end(one)] for one in runs] for end in (min, max))
-        cells = [name, len(runs), shown(before), shown(after), each, f"{minutes[name]:.1f}"]
+        whole = [over_training(one) for one in runs]
+        gain = [mine - over_training(other) for mine, other in zip(whole, base)]
+        cells = [name, len(runs), shown(before), shown(after), shown(whole), _signed(gain), each]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _signed(values: list[float]) -> str:
+    """Mean and 95% interval of differences, one a seed."""
+    if len(values) < 2:
+        return f"{values[0]:+.3f}"
+    mean, low, high = t_interval(values)
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def run(folder: pathlib.Path, game: str, arm: str, count: int, overrides: dict[s
     folders = [own / f"seed_{seed}" for seed in range(count)]
     for one in folders:
         one.mkdir(parents=True)
-    seeds.train(online.prepare(experiments[0]), experiments, folders)
+    seeds.train([seeds.Variant(online.prepare(experiments[0]), experiments, folders)])
     (own / "done.json").write_text(json.dumps({"minutes": (time.time() - began) / 60}))
 
 

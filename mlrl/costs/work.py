@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from mlrl import meshes
 from mlrl.costs.flops import Products, products
+from mlrl.models.transformer import CRITIC, cache_bytes
 from mlrl.types import Prompts
 
 
@@ -37,12 +39,16 @@ class Cost(NamedTuple):
     decode_flops  those of decoding, if every row went on to its last column
     decode_turns  turns of decoding, if every row did
     devices       how many they are
+    decode_bytes  of weights and caches that decoding reads, if every row went on to its last column; 0: not known
+    rollout_devices  how many decode
     """
 
     flops: float
     decode_flops: float = 0.0
     decode_turns: int = 0
     devices: int = 1
+    decode_bytes: float = 0.0
+    rollout_devices: int = 1
 
 
 def of_step(parts: Any, programs: Mapping[str, Any]) -> Cost:
@@ -54,7 +60,34 @@ def of_step(parts: Any, programs: Mapping[str, Any]) -> Cost:
                 found = products(program.function.trace(*program.arguments).jaxpr)
             total = Cost(total.flops + counts[name] * found.outside, total.decode_flops + counts[name] * found.inside,
                          total.decode_turns + found.turns)  # fmt: skip
-    return total._replace(devices=len({device for one in programs.values() for device in one.mesh.devices.flat}))
+    devices = len({device for one in programs.values() for device in one.mesh.devices.flat})
+    read, rollout_devices = _decoding(parts, programs, total.decode_turns)
+    return total._replace(devices=devices, decode_bytes=read, rollout_devices=rollout_devices)
+
+
+def _decoding(parts: Any, programs: Mapping[str, Any], turns: int) -> tuple[float, int]:
+    """Bytes that decoding reads on all devices together, and how many these are:
+
+        turns * (weights * copies + caches)
+
+    weights are those of the policy in the dtype of products, without an embedding that is not also the head; every
+    device that splits rows, and not weights, reads a copy. Caches are those of all rows, at their full length: where
+    they grow it is too much. 0.0 where the formula does not hold, as in slots, in turns, or a step ahead.
+    """
+    if "rollout" not in programs or parts.experiment.steps_ahead or parts.experiment.max_attempts > 1:
+        return 0.0, 1
+    program, config = programs["rollout"], parts.model.config
+    state, prompts, *_ = program.arguments
+    with meshes.use(program.mesh):
+        rows, columns = jax.eval_shape(program.function, *program.arguments).tokens.shape
+    if turns != columns - prompts.tokens.shape[1] - 1:
+        return 0.0, 1
+    unread = {*CRITIC, *(() if config.tied_head else ("embedding",))}
+    kernels = jax.tree.leaves([{k: v for k, v in tree.items() if k not in unread}
+                               for tree in (state.params, state.frozen) if tree])  # fmt: skip
+    weights = sum(x.size * min(x.dtype.itemsize, jnp.dtype(config.dtype).itemsize) for x in kernels)
+    caches = cache_bytes(config, rows, columns)
+    return float(turns * (weights * meshes.row_shards(program.mesh) + caches)), program.mesh.size
 
 
 def runs(parts: Any, programs: Iterable[str]) -> dict[str, int]:
@@ -62,7 +95,7 @@ def runs(parts: Any, programs: Iterable[str]) -> dict[str, int]:
     experiment = parts.experiment
     if "step" in programs:  # the rollout alone is only rehearsed, to be timed
         return {"rollout": 0, "step": 1}
-    if "annotate" not in programs:
+    if not hasattr(experiment, "num_rounds"):
         return dict.fromkeys(programs, 1)
     chunks = experiment.prompts_per_round // experiment.prompts_per_step
     rows = experiment.prompts_per_round * experiment.group_size
@@ -82,9 +115,8 @@ def phases(parts: Any, name: str, products: Products, arguments: tuple[Any, ...]
     if products.turns and isinstance(arguments[1], Prompts):
         n, width = arguments[1].tokens.shape
         rows, columns = n * parts.experiment.group_size, width + products.turns + 1
-        c = parts.model.config
-        row = 2 * c.layers * columns * c.kv_heads * c.head_width * jnp.dtype(c.dtype).itemsize
-        found["decode"] = Work(products.inside, products.turns, float(products.turns * rows * row))
+        caches = cache_bytes(parts.model.config, rows, columns)
+        found["decode"] = Work(products.inside, products.turns, float(products.turns * caches))
     return found
 
 

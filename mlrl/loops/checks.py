@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,6 +44,7 @@ from mlrl.types import (
 )
 from mlrl.updates import check_division, fields_read, total_loss
 
+_log = logging.getLogger("mlrl")
 _ASKS_MODELS = "models are bound in the loop"
 
 
@@ -247,6 +249,20 @@ def sampling_fits(sampling: Sampling, old_log_probs: Callable, reads: set[str] |
                       "@scoring.recomputed_log_probs")  # fmt: skip
     if sampling.temperature == 0.0 and group_size > 1:
         raise Refused("Sampling.temperature is 0.0 (greedy), so all completions of a group are alike: set it above 0")
+
+
+def caches_are_minded(config: Config, old_log_probs: Callable, reads: set[str] | frozenset[str]) -> None:
+    """Warns where rows are sampled through coarser caches than are learned from, and nothing reads how likely they were
+    to that sampler: the ratio is then taken to be 1.
+    """
+    if jnp.dtype(config.cache_dtype or config.dtype).itemsize >= jnp.dtype(config.dtype).itemsize:
+        return
+    recorded = inspect.unwrap(old_log_probs) is scoring.sampler_log_probs
+    if "Batch.rollout.behavior_log_probs" not in reads and not (recorded and "Batch.old_log_probs" in reads):
+        _log.warning("Config.cache_dtype is %r, and the losses take rows to be the learner's own, with a ratio of 1: "
+                     "choose a loss that reads the log-probs recorded by the sampler, as policy.ppo_clip with "
+                     "old_log_probs = @scoring.sampler_log_probs, or weigh rows by losses.corrections",
+                     config.cache_dtype)  # fmt: skip
 
 
 def buckets_cover(length_buckets: tuple[int, ...], completion_columns: int) -> None:

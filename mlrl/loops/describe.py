@@ -12,7 +12,7 @@ from mlrl import meshes
 from mlrl import prompts as prompts_lib
 from mlrl.evaluation import completions
 from mlrl.loops import checks
-from mlrl.models.transformer import Config
+from mlrl.models.transformer import Config, cache_bytes
 from mlrl.types import Models, Refused, RewardFn, Task, TrainState
 
 
@@ -74,8 +74,7 @@ def the_model(config: Config, state: TrainState) -> str:
 def the_memory(config: Config, state: TrainState, *, rows: int, columns: int, scored: int, update_rows: int,
                vocabulary_size: int) -> str:  # fmt: skip
     """The large arrays, per device if there is one; an estimate by formula, not what the compiler will allocate."""
-    width = 2 if config.dtype == "bfloat16" else 4
-    cache = 2 * config.layers * rows * columns * config.kv_heads * config.head_width * width
+    cache = cache_bytes(config, rows, columns)
     logits = update_rows * scored * vocabulary_size * 4
     named = "parameters, the critic's among them" if config.critic_layers else "parameters"
     parts = {

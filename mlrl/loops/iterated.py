@@ -13,6 +13,7 @@ import optax
 
 from mlrl import (
     advantages,
+    chunks,
     controllers,
     curricula,
     meshes,
@@ -27,7 +28,7 @@ from mlrl import prompts as prompts_lib
 from mlrl.batches import unannotated
 from mlrl.controllers import Controlled
 from mlrl.evaluation import Evaluation, evaluator
-from mlrl.loops import checks, configurations, pool, rounds, stages
+from mlrl.loops import checks, configurations, pool, rounds, sizing, stages
 from mlrl.loops import describe as describe_
 from mlrl.loops.start import Reference, StartFn, own_start, random_parameters
 from mlrl.loops.states import Program, abstract_state, initial_state
@@ -67,6 +68,9 @@ class Experiment:
     passes over the selected rows in optimizer steps of `rows_per_step` rows. The last step of a pass may have fewer,
     and its mean is over those. A round is what `step` counts in logs and checkpoints.
 
+    num_rounds    how many rounds the run has
+    prompts_per_round  over how many prompts a round samples
+    rows_per_step  selected rows of an optimizer step
     begin_round   (TrainState, optimizer) -> what training starts from: rounds.go_on, restart or
                   move_reference
     select_fn     Batch -> rows to train on, of all rows of the round
@@ -92,6 +96,7 @@ class Experiment:
     micro_batch_rows: int = 0
     score_chunk_columns: int = 0
     score_chunk_vocabulary: int = 0
+    sizes: chunks.Search = chunks.as_set()
     rollout_fn: RolloutFn = single_turn
     sampling: Sampling = Sampling()
     advantage_fn: AdvantageFn | Controlled = advantages.reinforce
@@ -131,6 +136,7 @@ def train(experiment: Experiment, run: runs.Run) -> TrainState:
     """Runs `experiment` in the folder of `run`, from its last checkpoint if it holds one. Returns the last state."""
     parts = prepare(experiment)
     with meshes.use(experiment.mesh()) as mesh:
+        parts = sizing.settled(parts, run.folder, _whole(parts), lambda parts: programs(parts)["update"])
         state = run.restore_or(abstract_state(parts), lambda: initial_state(parts), mesh)
         evaluate = evaluator(experiment.evaluations, parts.model, experiment.rollout_fn, parts.reference_model)
         play = round_function(parts, run)
@@ -268,8 +274,14 @@ def prepare(experiment: Experiment) -> Parts:
         checks.groups_teach(advantage_fn, batch, experiment.group_size)
     checks.sampling_fits(experiment.sampling, experiment.old_log_probs, reads, group_size=experiment.group_size)
     checks.groups_stay_whole(experiment, unit)
+    experiment.sizes.candidates(_whole(parts))
     _trace(parts, prompts, rollout, rewards)
     return parts
+
+
+def _whole(parts: Parts) -> chunks.Whole:
+    columns = stages.abstract_rows(parts)[1].tokens.shape[1] - parts.prompt_columns
+    return chunks.Whole(parts.experiment.rows_per_step, parts.unit, columns, parts.model.config.vocabulary_size)
 
 
 def _trace(parts: Parts, prompts: Prompts, rollout: Rollout, rewards: Rewards) -> None:

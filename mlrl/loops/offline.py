@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mlrl import controllers, meshes, optimizers, reductions, runs, scoring, stored
+from mlrl import chunks, controllers, meshes, optimizers, reductions, runs, scoring, stored
 from mlrl.controllers import Controlled
 from mlrl.costs.work import of_step
 from mlrl.evaluation import AnyEvaluation, Results, evaluator
-from mlrl.loops import checks, stages
+from mlrl.loops import checks, sizing, stages
 from mlrl.loops import describe as describe_
 from mlrl.loops.start import Reference, StartFn, own_start, random_parameters
 from mlrl.loops.states import Program, abstract_state, initial_state
@@ -67,6 +67,8 @@ class Experiment:
     A step is `rows_per_step` stored rows, learned from in `minibatches` optimizer steps.
 
     task         where the rows come from
+    num_steps    how many steps the run has
+    rows_per_step  B
     rows_fn      (task, key, step, rows, weights) -> Batch: by default the task's demonstrations; see mlrl.stored
     losses       functions of (Scores, Batch), summed; any may be controllers.controlled
     advantage_fn   Batch -> (advantages, returns), for losses that read them; may be controllers.controlled
@@ -74,6 +76,7 @@ class Experiment:
     reference    the frozen model that losses read as reference_log_probs; a teacher is one
     reference_tokens  of the reference's distributions, for losses that read them: so many likeliest; 0: all
     stop         results of an evaluation -> whether that is enough
+    sizes        micro_batch_rows, score_chunk_columns, score_chunk_vocabulary as set, or timed: chunks.fastest()
     score_fn     how rows are read: as they are, or laid end to end (packing.score)
     rollout_fn   how the evaluations sample
     """
@@ -93,6 +96,7 @@ class Experiment:
     micro_batch_rows: int = 0
     score_chunk_columns: int = 0
     score_chunk_vocabulary: int = 0
+    sizes: chunks.Search = chunks.as_set()
     score_fn: Callable[..., Scores] = scoring.score
     start: StartFn = random_parameters
     reference: Reference = own_start()
@@ -124,6 +128,7 @@ def train(experiment: Experiment, run: runs.Run) -> TrainState:
     """Runs `experiment` in the folder of `run`, from its last checkpoint if it holds one. Returns the last state."""
     parts = prepare(experiment)
     with meshes.use(experiment.mesh()) as mesh:
+        parts = sizing.settled(parts, run.folder, _whole(parts), lambda parts: programs(parts)["update"])
         state = run.restore_or(abstract_state(parts), lambda: initial_state(parts), mesh)
         evaluate = evaluator(experiment.evaluations, parts.model, experiment.rollout_fn, parts.reference_model)
         next_rows, take_step = row_source(parts), jitted(parts)["update"]
@@ -157,6 +162,7 @@ def prepare(experiment: Experiment) -> Parts:
     checks.compatible(experiment.model, reads)
     checks.stored_rows_suffice(reads, experiment.old_log_probs)
     parts = dataclasses.replace(parts, reads=frozenset(reads), unit_rows=_unit_rows(parts, losses, batch))
+    experiment.sizes.candidates(_whole(parts))
     checks.evaluations_work(experiment.evaluations)
     checks.judges_have_models(experiment, batch, reads)
     experiment.stop({})
@@ -164,6 +170,12 @@ def prepare(experiment: Experiment) -> Parts:
     checks.evaluations_sample(experiment, model, lora.policy(state))
     jax.eval_shape(functools.partial(learn, parts), state, batch)
     return parts
+
+
+def _whole(parts: Parts) -> chunks.Whole:
+    rows, columns = _abstract_rows(parts).rollout.tokens.shape
+    rows //= parts.experiment.minibatches
+    return chunks.Whole(rows, parts.unit_rows, columns - 1, parts.model.config.vocabulary_size)
 
 
 def _unit_rows(parts: Parts, losses: tuple[LossFn, ...], batch: Batch) -> int:

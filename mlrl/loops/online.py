@@ -13,6 +13,7 @@ import optax
 
 from mlrl import (
     advantages,
+    chunks,
     controllers,
     curricula,
     meshes,
@@ -28,7 +29,7 @@ from mlrl.batches import unannotated
 from mlrl.controllers import Controlled
 from mlrl.costs.work import of_step
 from mlrl.evaluation import AnyEvaluation, evaluator
-from mlrl.loops import checks, dispatch, pipeline, refill, stages, states
+from mlrl.loops import checks, dispatch, pipeline, refill, sizing, stages, states
 from mlrl.loops import describe as describe_
 from mlrl.loops.start import Reference, StartFn, own_start, random_parameters
 from mlrl.loops.states import Program, initial_state
@@ -58,6 +59,7 @@ from mlrl.types import (
 )
 from mlrl.updates import update
 
+Annotations = dict[str, Any]  # fields of a Batch that models fill in, by name
 StepFn = Callable[[TrainState, Prompts], tuple[TrainState, Metrics, Batch]]
 
 
@@ -71,17 +73,22 @@ class Experiment:
     task            where prompts come from
     reward_fn       a plain function (see mlrl.rewards.lifting.lift) or a RewardFn
     losses          functions of (Scores, Batch), summed; any may be controllers.controlled
+    num_steps       how many steps the run has
     model           the shape of the policy (and of its value head or critic)
+    prompts_per_step, group_size  N and G
     rollout_fn      how prompts become rows
     sampling        temperature and filters; the learner scores at the same temperature
     advantage_fn    Batch -> (advantages, returns); may be controllers.controlled, or a StatefulAdvantage
     select_fn       Batch -> rows that stay in the loss
     reduction       mask -> weights: what "mean" means, over a whole minibatch
     old_log_probs   the ratio's denominator: as recorded by the sampler, or recomputed
+    minibatches, epochs  how often the rows of a step are cut, and gone over
+    micro_batch_rows  rows in memory at a time, of a minibatch; 0: all
     length_buckets  widths of completions, in tokens, ascending: micro-batches are filled by length and cut to the least
                     of these that holds them; the last must hold all. (): every micro-batch is as wide as the rollout
     score_chunk_columns, score_chunk_vocabulary  score so many columns, or tokens of the vocabulary, at a time, so that
                     memory does not grow with their number; 0: all at once. See scoring.score
+    sizes           micro_batch_rows and the two above as they are set, or found by timing: chunks.fastest()
     forward         how the learner reads rows: each prompt once for its whole group, or every row whole
     optimizer       an optax transformation
     curriculum      sampling weights over the task's sources
@@ -97,6 +104,8 @@ class Experiment:
     rollout_mesh    mesh -> the same devices as rollouts split things over them, such as meshes.rearranged
     steps_ahead     0, or 1: a step's rows are sampled while the step before learns, by weights one update old; see
                     loops.pipeline
+    recording       what the run writes down
+    seed            of prompts, sampling and first parameters
     steps_per_dispatch  K whole steps in one program, with task and reward in the graph; saving and evaluating, as all
                     that is done every so many steps, come between
     """
@@ -126,6 +135,7 @@ class Experiment:
     forward: scoring.Forward = scoring.shared_prompts()
     score_chunk_columns: int = 0
     score_chunk_vocabulary: int = 0
+    sizes: chunks.Search = chunks.as_set()
     start: StartFn = random_parameters
     reference: Reference = own_start()
     reference_tokens: int = 0
@@ -158,6 +168,7 @@ def train(experiment: Experiment, run: runs.Run) -> TrainState:
     """Runs `experiment` in the folder of `run`, from its last checkpoint if it holds one. Returns the last state."""
     parts = prepare(experiment)
     with meshes.use(experiment.mesh()) as mesh:
+        parts = settled(parts, run.folder)
         compiled, next_prompts = jitted(parts), prompt_source(parts)
         take_step, first = step_function(parts, run, compiled), functools.partial(first_state, parts, compiled)
         state = run.restore_or(abstract_state(parts), first, mesh)
@@ -197,6 +208,8 @@ def prepare(experiment: Experiment) -> Parts:
         parts = dataclasses.replace(parts, unit_rows=experiment.group_size)
         checks.rows_divide(experiment, experiment.prompts_per_step * experiment.group_size, parts.unit_rows)
     checks.sampling_fits(experiment.sampling, experiment.old_log_probs, reads)
+    checks.caches_are_minded(experiment.model, experiment.old_log_probs, reads)
+    experiment.sizes.candidates(_whole(parts))
     checks.buckets_cover(experiment.length_buckets, rollout.tokens.shape[1] - prompts.tokens.shape[1])
     checks.refill_fits(experiment, parts.reward.in_graph)
     pipeline.fits(experiment)
@@ -205,6 +218,24 @@ def prepare(experiment: Experiment) -> Parts:
     checks.evaluations_sample(experiment, model, lora.policy(state), by_step=True)
     jax.eval_shape(functools.partial(learn, parts), state, prompts, rollout, rewards)
     return parts
+
+
+def settled(parts: Parts, folder: Any) -> Parts:
+    """The parts with the micro-batch and chunk sizes of the run in `folder`; called on the mesh of the update."""
+    return sizing.settled(parts, folder, _whole(parts), _updating)
+
+
+def _updating(parts: Parts) -> Program:
+    """What follows the rewards, as a program of its own also where the whole step is one."""
+    given = (states.abstract_state(parts), *stages.abstract_rows(parts))
+    return Program(jax.jit(functools.partial(learn, parts), donate_argnums=0), given, parts.experiment.mesh())
+
+
+def _whole(parts: Parts) -> chunks.Whole:
+    prompts, rollout, _ = stages.abstract_rows(parts)
+    rows, columns = rollout.tokens.shape
+    scored, vocabulary = columns - prompts.tokens.shape[1], parts.model.config.vocabulary_size
+    return chunks.Whole(rows // parts.experiment.minibatches, parts.unit_rows, scored, vocabulary)
 
 
 def abstract_state(parts: Parts) -> TrainState:
@@ -276,24 +307,38 @@ def step_function(parts: Parts, run: runs.Run, compiled: dict[str, Callable]) ->
             with run.phase("rollout"):
                 as_in_one = parts.reward.in_graph and number == 0  # the same randomness as in one program
                 rollout = jax.block_until_ready(sample(state, drawn, *(() if as_in_one else (number,))))
+            if "annotate" in compiled:  # the devices say what models think of the rows while the host rewards them
+                said.append(compiled["annotate"](state, drawn, rollout))
             with run.phase("reward"):
                 rewards, reward_state = rewarded(state.replace(reward=reward_state), drawn, rollout)
             return drawn, rollout, rewards, reward_state
 
+        said: list[Annotations] = []
         rows, reward_state, counts = refill.on_host(parts, attempt, state.reward)
         with run.phase("update"):
-            state, metrics, batch = compiled["update"](state.replace(reward=reward_state), *rows)
+            state, metrics, batch = compiled["update"](state.replace(reward=reward_state), *rows, *said)
             return jax.block_until_ready((state, metrics | counts, batch))
 
     return step
 
 
 def jitted(parts: Parts) -> dict[str, Callable]:
-    """What the loop compiles: the rollout, and the whole step or, where that is not one program, the update."""
+    """What the loop compiles: the rollout, and the whole step or, where that is not one program, the update; before it
+    the annotation, if the host can reward rows meanwhile.
+    """
     sample = stages.sampler(parts, pipeline.sample_next if parts.experiment.steps_ahead else sample_rows)
     if stages.one_program(parts):
         return {"rollout": sample, "step": jax.jit(whole_program(parts), donate_argnums=0)}
-    return {"rollout": sample, "update": jax.jit(functools.partial(learn, parts), donate_argnums=0)}
+    learned = {"update": jax.jit(functools.partial(learn, parts), donate_argnums=0)}
+    if not parts.reward.in_graph and _annotates_first(parts):
+        learned = {"annotate": jax.jit(functools.partial(annotations, parts))} | learned
+    return {"rollout": sample, **learned}
+
+
+def _annotates_first(parts: Parts) -> bool:
+    """Whether models are asked about rows before the update, and about the rows that will be learned from."""
+    experiment = parts.experiment
+    return stages.asks_models(parts) and experiment.max_attempts == 1 and not experiment.steps_ahead
 
 
 def programs(parts: Parts) -> dict[str, Program]:
@@ -305,8 +350,11 @@ def programs(parts: Parts) -> dict[str, Program]:
     parts = dataclasses.replace(parts, experiment=dataclasses.replace(parts.experiment, steps_per_dispatch=1))
     prompts, rollout, rewards = stages.abstract_rows(parts)
     state, mesh = states.abstract_state(parts), parts.experiment.mesh()
-    given = {"step": (state, prompts), "update": (state, prompts, rollout, rewards)}
-    learned = {name: Program(f, given[name], mesh) for name, f in jitted(parts).items() if name in given}
+    given, compiled = {"step": (state, prompts), "update": (state, prompts, rollout, rewards)}, jitted(parts)
+    if "annotate" in compiled:
+        given["annotate"] = (state, prompts, rollout)
+        given["update"] += (jax.eval_shape(compiled["annotate"], *given["annotate"]),)
+    learned = {name: Program(f, given[name], mesh) for name, f in compiled.items() if name in given}
     return {"rollout": stages.sampling(parts, sample_rows, state, prompts), **learned}
 
 
@@ -339,15 +387,27 @@ def sample_rows(parts: Parts, state: TrainState, prompts: Prompts, attempt: Arra
     return stages.sample_rows(parts, state, prompts, key if first else jax.random.fold_in(key, attempt))
 
 
-def learn(parts: Parts, state: TrainState, prompts: Prompts, rollout: Rollout,
-          rewards: Rewards) -> tuple[TrainState, Metrics, Batch]:  # fmt: skip
-    """Annotate the rows, credit their tokens, and update: the state of the next step, metrics, and the rows."""
+def annotations(parts: Parts, state: TrainState, prompts: Prompts, rollout: Rollout) -> Annotations:
+    """What models say of the rows, as fields of a Batch. It does not depend on rewards."""
+    prepare, score, _ = stages.forward(parts, prompts)
+    score_rows = lambda model, params, rows, **more: score(  # noqa: E731
+        model, params, rows, *prepare(model, params), **more)  # fmt: skip
+    batch = stages.annotate(parts, state, unannotated(rollout), score_rows)
+    return {name: getattr(batch, name) for name in stages.ANNOTATED}
+
+
+def learn(parts: Parts, state: TrainState, prompts: Prompts, rollout: Rollout, rewards: Rewards,
+          said: Annotations | None = None) -> tuple[TrainState, Metrics, Batch]:  # fmt: skip
+    """Annotate the rows, credit their tokens, and update: the state of the next step, metrics, and the rows.
+
+    Args:
+      said: what `annotations` gave for these rows, if it was asked before.
+    """
     experiment = parts.experiment
     prepare, score, readable = stages.forward(parts, prompts)
     losses, advantage_fn = stages.bound(parts, state.controllers)
-    score_rows = lambda model, params, rows, **more: score(  # noqa: E731
-        model, params, rows, *prepare(model, params), **more)  # fmt: skip
-    batch = stages.annotate(parts, state, unannotated(rollout, rewards), score_rows)
+    said = annotations(parts, state, prompts, rollout) if said is None else said
+    batch = unannotated(rollout, rewards).replace(**said)
     credit, returns = advantage_fn(batch)
     batch = batch.replace(advantages=credit, returns=returns)
     can_be_read = readable(rollout)

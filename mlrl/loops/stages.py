@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,7 @@ from mlrl.types import (
     TrainState,
 )
 
+ANNOTATED = ("old_log_probs", "values", "reference_log_probs", "reference_distribution")
 ScoreFn = Callable[..., Scores]  # (model, params, rollout, *, with_logits) -> Scores
 
 
@@ -163,6 +165,13 @@ def annotate(parts: Parts, state: TrainState, batch: Batch, score: ScoreFn) -> B
         if asked:
             batch = batch.replace(reference_distribution=said.top if tokens else every_token(said.logits))
     return jax.lax.stop_gradient(batch)
+
+
+def asks_models(parts: Parts) -> bool:
+    """Whether `annotate` runs a model."""
+    recorded = inspect.unwrap(parts.experiment.old_log_probs) is scoring.sampler_log_probs
+    recomputes = "Batch.old_log_probs" in parts.reads and not recorded
+    return recomputes or "Batch.values" in parts.reads or reads_reference(parts)
 
 
 def reads_distribution(parts: Parts) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -70,14 +71,19 @@ def initial_state(parts: Parts) -> TrainState:
 
 def abstract_state(parts: Parts) -> TrainState:
     """Shapes and dtypes of the state, without computing any of it."""
+    return jax.eval_shape(functools.partial(_made_of, parts), jax.random.key(0))
 
-    def make(key: jax.Array) -> TrainState:
-        reference = ()
-        if keeps_reference(parts):
-            reference = parts.experiment.reference.held(random_parameters(parts.reference_model, key))
-        return state_from(parts, random_parameters(parts.model, key), reference)
 
-    return jax.eval_shape(make, jax.random.key(0))
+def random_state(parts: Parts) -> TrainState:
+    """A state of step 0 around random parameters, on the current mesh: for a program's time rather than its result."""
+    return jax.jit(lambda key: meshes.split_state(_made_of(parts, key)))(jax.random.key(0))
+
+
+def _made_of(parts: Parts, key: jax.Array) -> TrainState:
+    reference = ()
+    if keeps_reference(parts):
+        reference = parts.experiment.reference.held(random_parameters(parts.reference_model, key))
+    return state_from(parts, random_parameters(parts.model, key), reference)
 
 
 def state_from(parts: Parts, params: Params, reference: Params) -> TrainState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -12,11 +13,31 @@ from mlrl.types import Array
 
 # Keys [B, K, head_width, M] and values [B, K, M, head_width] over M columns. Both products of a decode step then
 # run along contiguous memory; with the keys' columns outermost, decoding on a CPU took 1.4 times as long.
-Cache = tuple[Array, Array]
+# In int8, the scales of keys [B, K, 1, M] and of values [B, K, M, 1] come after them; see `to_int8`.
+Cache = tuple[Array, ...]
+
+
+def columnwise(function: Callable[[Array, int], Array], cache: Cache) -> Cache:
+    """function(array, its axis of columns, from the last) of each array of a cache."""
+    return tuple(function(x, -1 if i % 2 == 0 else -2) for i, x in enumerate(cache))
+
+
+def to_int8(x: Array, axis: int) -> tuple[Array, Array]:
+    """Keys or values in 8 bits: symmetric, one scale for each token and head.
+
+    scale = max |x| / 127 over the head's width;  integer = round(x / scale), so that |x - integer * scale| <= scale / 2
+
+    Args:
+      axis: of the head's width.
+    Returns: int8 of the shape of x, and float32 scales of length 1 in `axis`.
+    """
+    wide = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(wide), axis=axis, keepdims=True) / 127.0
+    return jnp.round(wide / jnp.where(scale > 0, scale, 1.0)).astype(jnp.int8), scale
 
 
 def attend(queries: Array, keys: Array, values: Array, mask: Array, *, scale: float, cap: float = 0.0,
-           window: int = 0) -> Array:  # fmt: skip
+           window: int = 0, scales: tuple[Array, ...] = ()) -> Array:  # fmt: skip
     """Softmax attention, the softmax in fp32.
 
     out = softmax(soft_cap(scale * q k^T) + log mask) v
@@ -30,15 +51,25 @@ def attend(queries: Array, keys: Array, values: Array, mask: Array, *, scale: fl
       scale: usually head_width ** -0.5.
       cap: the bound of `soft_cap`; 0.0: none.
       window: what the mask keeps already; for kernels that make masks of their own, see mlrl.models.fused.
+      scales: of int8 keys [B, K, 1, M] and values [B, K, M, 1]. Integers are multiplied, and the scale of a key is
+        taken times its logit, that of a value times its weight: nothing as large as the cache is made in a wider dtype
+        where the compiler widens integers inside the product.
     Returns: [B, L, K, H, head_width].
     """
     del window
     b, length, k, h, width = queries.shape
     queries = jnp.moveaxis(queries * scale, 1, 3).reshape(b, k, h * length, width)
-    logits = jnp.matmul(queries, keys, preferred_element_type=jnp.float32).reshape(b, k, h, length, -1)
+    if scales:
+        keys, values = keys.astype(queries.dtype), values.astype(queries.dtype)
+    logits = jnp.matmul(queries, keys, preferred_element_type=jnp.float32)
+    if scales:
+        logits = logits * scales[0]
+    logits = logits.reshape(b, k, h, length, -1)
     logits = jnp.where(mask[:, None, None], soft_cap(logits, cap), jnp.finfo(jnp.float32).min)
-    weights = nn.softmax(logits, axis=-1).astype(values.dtype).reshape(b, k, h * length, -1)
-    mixed = jnp.matmul(weights, values).reshape(b, k, h, length, width)
+    weights = nn.softmax(logits, axis=-1).reshape(b, k, h * length, -1)
+    if scales:
+        weights = weights * jnp.swapaxes(scales[1], 2, 3)
+    mixed = jnp.matmul(weights.astype(values.dtype), values).reshape(b, k, h, length, width)
     return jnp.moveaxis(mixed, 3, 1)
 
 
@@ -59,7 +90,7 @@ def within_window(mask: Array, window: int) -> Array:
 
 
 def written(cache: Cache, keys: Array, values: Array, column: Array | int, period: tuple[Array, ...] = ()) -> Cache:
-    """The cache with keys [B,K,W,L] and values [B,K,L,W] in its columns from `column` on.
+    """The cache with keys [B,K,W,L] and values [B,K,L,W] in its columns from `column` on, as int8 if it is in int8.
 
     Args:
       period: (index,), which of the cache's periods is written, or () if it has no axis of these. Only the new columns
@@ -68,7 +99,12 @@ def written(cache: Cache, keys: Array, values: Array, column: Array | int, perio
     def write(x: Array, new: Array, *at: Array | int) -> Array:
         return lax.dynamic_update_slice(x, new.astype(x.dtype).reshape((1,) * len(period) + new.shape), (*period, *at))
 
-    return write(cache[0], keys, 0, 0, 0, column), write(cache[1], values, 0, 0, column, 0)
+    new = (keys, values)
+    if len(cache) == 4:
+        (keys, of_keys), (values, of_values) = to_int8(keys, -2), to_int8(values, -1)
+        new = (keys, values, of_keys, of_values)
+    at = columnwise(lambda _, axis: (0, 0, 0, column) if axis == -1 else (0, 0, column, 0), cache)
+    return tuple(write(x, more, *where) for x, more, where in zip(cache, new, at, strict=True))
 
 
 class Attention(nn.Module):
@@ -107,10 +143,12 @@ class Attention(nn.Module):
         queries = rotated[:, :, :, :-1]
         keys = jnp.moveaxis(rotated[:, :, :, -1], 1, 3)  # [B, K, head_width, L]
         values = jnp.swapaxes(qkv[:, :, :, -1], 1, 2)  # [B, K, L, head_width]
-        attention = self.attention if cache is None else attend
+        attention = self.attention
         if cache is not None:
             cache = written(cache, keys, values, column, period)
-            keys, values = (lax.dynamic_index_in_dim(x, *period, keepdims=False) if period else x for x in cache)
+            keys, values, *scales = (
+                lax.dynamic_index_in_dim(x, *period, keepdims=False) if period else x for x in cache)  # fmt: skip
+            attention = functools.partial(attend, scales=tuple(scales))
         mixed = attention(queries, keys, values, mask, scale=self.scale, cap=self.cap, window=self.window)
         init = nn.initializers.variance_scaling(self.out_init_scale, "fan_in", "normal")
         out = self.project(x.shape[-1:], summed=3, use_bias=self.out_bias, kernel_init=init, name="out")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from mlrl import meshes
 from mlrl.models import head, remat
-from mlrl.models.attention import Cache, attend, within_window
+from mlrl.models.attention import Cache, attend, columnwise, within_window
 from mlrl.models.embedding import look_up
 from mlrl.models.layers import Layers, scanned, stream
 from mlrl.models.norms import RMSNorm
@@ -28,18 +28,25 @@ class Config:
 
     vocabulary_size    rows of the embedding; 0 takes the size of the task's vocabulary
     width              D, the width of the residual stream
+    layers             of the trunk
+    heads              query heads
     kv_heads           K; the query heads must be a multiple of it
+    head_width         of one head, in attention
+    mlp_width          of the hidden layer of the MLP
     rope_theta         the base of the rotary wavelengths
     rope_scaling       what is done to the rotary frequencies; see mlrl.models.rope
     windows            how many tokens back a layer's attention sees, 0 for all; the tuple repeats over the layers
     window_rope_theta  rope_theta of the layers with a window, which are then not scaled; 0.0: as in the others
     learned_positions  rows of a table of positions that are added to the embedding, in place of rotation; 0: none
+    norm_eps           what a normalization adds to the variance
     norm               (eps, param_dtype) -> a normalization; see mlrl.models.norms
     post_norms         also normalizes what attention and MLP return (Gemma 2)
     qk_norm            normalizes each head's queries and keys (Qwen3)
     qkv_bias           biases on queries, keys and values (Qwen2 has them, Llama does not)
     out_bias, mlp_bias  biases on the attention's output, and on all of the MLP (GPT-2)
-    gated_mlp          gate and up, or up only; `activation` is the function between
+    gated_mlp          gate and up, or up only
+    activation         the function between
+    experts_per_token  how many experts a token passes
     experts            gated MLPs of mlp_width in a layer, of which a token passes experts_per_token; 0: one MLP
     experts_renormalized  the chosen experts' weights sum to 1
     scale_width        attention logits are divided by its root; 0: head_width
@@ -57,6 +64,11 @@ class Config:
     attention          how rows without a cache attend: attention.attend, or for long rows fused.by_platform
     remat              what a layer keeps for the backward pass; see mlrl.models.remat
     dtype              of activations and matrix products; log-softmax and normalization are always fp32
+    cache_dtype        of the keys and values that samplers keep: float32, bfloat16, or int8 with a scale for each token
+                       and head; "": as dtype. A learner keeps prompts in `dtype`, so in another one the sampler's
+                       log-probs, which are recorded as they are, differ a little from the learner's: a ratio to
+                       scoring.sampler_log_probs begins near 1 and not at it; one to scoring.recomputed_log_probs
+                       begins at 1, and losses.corrections weigh the difference
     param_dtype        of parameters: float32, bfloat16, or int8 for kernels that are frozen, beside bfloat16 for the
                        rest. Under adapters it is that of what is frozen, and what is trained is fp32
     """
@@ -99,6 +111,7 @@ class Config:
     attention: Callable[..., Array] = attend
     remat: Callable[..., remat.Layer] = remat.none
     dtype: str = "float32"
+    cache_dtype: str = ""
     param_dtype: str = "float32"
 
     def __post_init__(self):
@@ -133,6 +146,8 @@ class Config:
                               f"{getattr(self, name)!r}")  # fmt: skip
         if self.dtype not in ("float32", "bfloat16"):
             raise Refused(f"Config.dtype must be 'float32' or 'bfloat16', got {self.dtype!r}")
+        if self.cache_dtype not in ("", "float32", "bfloat16", "int8"):
+            raise Refused(f"Config.cache_dtype must be '', 'float32', 'bfloat16' or 'int8', got {self.cache_dtype!r}")
         if self.param_dtype not in ("float32", "bfloat16", "int8"):
             raise Refused(f"Config.param_dtype must be 'float32', 'bfloat16' or 'int8', got {self.param_dtype!r}")
 
@@ -300,17 +315,32 @@ def plain(config: Config) -> Config:
 
 
 def empty_caches(config: Config, rows: int, columns: int) -> tuple[Cache, ...]:
-    """Zeroed caches for `rows` rows of `columns` columns, a (keys, values) pair a layer; see attention.Cache.
+    """Zeroed caches for `rows` rows of `columns` columns, keys and values a layer; see attention.Cache.
 
-    Where layers are scanned, there is a pair for each layer of a period, with a leading axis of periods, and after them
-    one for each layer that is not scanned. Rows are the fourth axis from the last in all of them.
+    Where layers are scanned, there is one for each layer of a period, with a leading axis of periods, and after them
+    one for each layer that is not scanned. Rows are the fourth axis from the last in all of their arrays.
     """
-    keys = jnp.zeros((rows, config.kv_heads, config.head_width, columns), jnp.dtype(config.dtype))
+    dtype, heads, width = jnp.dtype(config.cache_dtype or config.dtype), config.kv_heads, config.head_width
     periods, period = config.scanned
-    stacked = jnp.zeros((periods, *keys.shape), keys.dtype)
-    pair = lambda keys: (_split_cache(keys), _split_cache(jnp.swapaxes(keys, -2, -1)))  # noqa: E731
-    rest = config.layers - periods * period
-    return tuple(pair(keys) for keys in [stacked] * period + [keys] * rest)
+
+    def cache(*stack: int) -> Cache:
+        zeros = lambda shape, dtype: _split_cache(jnp.zeros((*stack, rows, heads, *shape), dtype))  # noqa: E731
+        kept = (zeros((width, columns), dtype), zeros((columns, width), dtype))
+        scales = (zeros((1, columns), jnp.float32), zeros((columns, 1), jnp.float32))
+        return kept + (scales if dtype == jnp.int8 else ())
+
+    return tuple([cache(periods)] * period + [cache()] * (config.layers - periods * period))
+
+
+def cache_bytes(config: Config, rows: int, columns: int) -> int:
+    """Bytes of a sampler's caches, scales included."""
+    found = jax.eval_shape(functools.partial(empty_caches, config, rows, columns))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(found))
+
+
+def in_own_dtype(model: Transformer) -> Transformer:
+    """The model with caches in the dtype of its products: what a learner keeps prompts in, through which it learns."""
+    return Transformer(dataclasses.replace(model.config, cache_dtype=""))
 
 
 def widen_caches(caches: tuple[Cache, ...], rows_each: int, more_columns: int) -> tuple[Cache, ...]:
@@ -319,7 +349,7 @@ def widen_caches(caches: tuple[Cache, ...], rows_each: int, more_columns: int) -
         padding = [(0, more_columns if i == x.ndim + axis else 0) for i in range(x.ndim)]
         return _split_cache(jnp.pad(jnp.repeat(x, rows_each, axis=-4), padding))
 
-    return tuple((widen(keys, -1), widen(values, -2)) for keys, values in caches)
+    return tuple(columnwise(widen, cache) for cache in caches)
 
 
 def rows_of_caches(caches: tuple[Cache, ...], rows: Array) -> tuple[Cache, ...]:

@@ -52,12 +52,13 @@ def compile_all(loop: Any, parts: Any, topology: str, results: pathlib.Path) -> 
                       "them (set meshes.mesh.devices = 0), or name a topology of its size")  # fmt: skip
     programs = loop.programs(parts)
     runs = work.runs(parts, programs)
+    unit = "round" if hasattr(parts.experiment, "num_rounds") else "step"
     done = {line["program"] for line in read(results)}
     with results.open("a") as file:
         for name, program in programs.items():
             if name in done:
                 continue
-            about = {"program": name, "runs": runs[name], "kind": kind, "chips": devices // chip.devices,
+            about = {"program": name, "unit": unit, "runs": runs[name], "kind": kind, "chips": devices // chip.devices,
                      "mesh": dict(program.mesh.shape)}  # fmt: skip
             print(json.dumps(about), file=file, flush=True)
             result = compiled(name, program, parts, chip)

@@ -78,7 +78,7 @@ def summary(topology: str, slices: int, results: Sequence[Result]) -> Result:
     fits = bool(results) and all(r["fits"] for r in results)
     return {
         "topology": topology, "slices": slices, "chips": results[0]["chips"] if results else 0, "fits": fits,
-        "unit": "round" if any(r["program"] == "annotate" for r in results) else "step",
+        "unit": results[0].get("unit", "step") if results else "step",
         "predicted_seconds": sum(seconds) if fits else None, "programs": list(results),
     }  # fmt: skip
 

@@ -43,7 +43,8 @@ class RunLog:
 
     @property
     def name(self) -> str:
-        return self.folder.resolve().name
+        folder = self.folder.resolve()
+        return f"{folder.parent.name}/{folder.name}" if "=" in folder.parent.name else folder.name  # of a --sweep
 
     @property
     def last_step(self) -> int:
@@ -139,4 +140,4 @@ def _common_name(names: Sequence[str]) -> str:
     if len(names) == 1:
         return names[0]
     shared = os.path.commonprefix(list(names))
-    return re.sub(r"[-_. ]*(seed|run|s)?[-_=. ]*\d*$", "", shared) or names[0]
+    return re.sub(r"[-_./ ]*(seed|run|s)?[-_=. ]*\d*$", "", shared) or names[0]

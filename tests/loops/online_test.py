@@ -15,8 +15,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 import worlds  # noqa: E402
 
 from mlrl import meshes, optimizers, runs, scoring  # noqa: E402
-from mlrl.loops import online  # noqa: E402
-from mlrl.losses import policy, values  # noqa: E402
+from mlrl.costs.work import of_step  # noqa: E402
+from mlrl.loops import online, stages  # noqa: E402
+from mlrl.losses import policy, regularizers, values  # noqa: E402
 from mlrl.models.transformer import Config  # noqa: E402
 from mlrl.rewards import graph  # noqa: E402
 from mlrl.sampling import Sampling  # noqa: E402
@@ -56,6 +57,63 @@ def test_after_the_first_step_nothing_is_compiled_any_more(tmp_path):
         _, lines = train(tmp_path / name, reward_fn=reward, num_steps=6)
         counts = [line["compilations"] for line in lines[2:]]
         assert len(set(counts)) == 1, f"{name}: {counts}"
+
+
+def of_host_rewards(**changes):
+    """Old log-probs are recomputed, and a reference is read: models have something to say of the rows."""
+    losses = (policy.ppo_clip, functools.partial(regularizers.kl_penalty, kl_coef=0.1))
+    return worlds.sums(**{"reward_fn": worlds.first_digit, "losses": losses, "num_steps": 3, "evaluations": (),
+                          "old_log_probs": scoring.recomputed_log_probs, **changes})  # fmt: skip
+
+
+def test_models_are_asked_about_rows_before_the_host_has_rewarded_them(tmp_path, monkeypatch):
+    order, judge = [], stages.reward_rows
+
+    def noted(parts, compiled=online.jitted):
+        programs = compiled(parts)
+        annotate = programs["annotate"]
+        return programs | {"annotate": lambda *given: order.append("annotate") or annotate(*given)}
+
+    monkeypatch.setattr(online, "jitted", noted)
+    monkeypatch.setattr(stages, "reward_rows", lambda *given: order.append("reward") or judge(*given))
+    overlapped, lines = train(tmp_path / "a", **vars(of_host_rewards()))
+    assert order == ["annotate", "reward"] * 3
+
+    def afterwards(parts, compiled=noted):
+        programs = compiled(parts)
+        annotate, update = programs["annotate"], programs["update"]
+        late = lambda state, *rest: update(state, *rest[:3], annotate(*rest[3]))  # noqa: E731
+        return programs | {"annotate": lambda *given: given, "update": late}
+
+    monkeypatch.setattr(online, "jitted", afterwards)
+    order.clear()
+    in_turn, _ = train(tmp_path / "b", **vars(of_host_rewards()))
+    assert order == ["reward", "annotate"] * 3
+    worlds.assert_same(overlapped, in_turn)
+
+
+def test_what_models_said_before_the_update_is_what_they_say_in_it():
+    parts = online.prepare(of_host_rewards())
+    state, prompts = _state(parts), online.prompt_source(parts)(_state(parts), 0)
+    rollout = jax.jit(functools.partial(online.sample_rows, parts))(state, prompts)
+    rewards, _ = stages.reward_rows(parts, state, rollout, prompts)
+    said = jax.jit(functools.partial(online.annotations, parts))(state, prompts, rollout)
+    assert jnp.isfinite(said["reference_log_probs"]).all() and jnp.isfinite(said["old_log_probs"]).all()
+    learn = jax.jit(functools.partial(online.learn, parts))
+    for a, b in zip(jax.tree.leaves(learn(state, prompts, rollout, rewards)[0].params),
+                    jax.tree.leaves(learn(state, prompts, rollout, rewards, said)[0].params), strict=True):  # fmt: skip
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize(("changes", "first"), [
+    ({}, True), ({"max_attempts": 2}, False), ({"steps_ahead": 1}, False),
+    ({"losses": (policy.ppo_clip,), "old_log_probs": scoring.sampler_log_probs}, False),
+], ids=["asked", "attempts", "ahead", "nothing to ask"])  # fmt: skip
+def test_models_are_asked_first_where_rows_stay_and_something_reads_it(changes, first):
+    parts = online.prepare(of_host_rewards(**changes))
+    programs = online.programs(parts)
+    assert ("annotate" in programs) == first
+    assert of_step(parts, programs).flops > 0
 
 
 def test_a_step_with_its_reward_in_the_graph_is_one_program():

@@ -58,7 +58,8 @@ def sums(seed=0, **changes):
 
 def together(folder, chosen=(0, 1), **changes):
     experiments = [sums(seed, **changes) for seed in chosen]
-    return seeds.train(online.prepare(experiments[0]), experiments, [folder / f"seed_{seed}" for seed in chosen])
+    own = [folder / f"seed_{seed}" for seed in chosen]
+    return seeds.train([seeds.Variant(online.prepare(experiments[0]), experiments, own)])
 
 
 def alone(folder, **changes):
@@ -103,7 +104,7 @@ def test_all_at_once_is_one_after_another_on_several_devices():
         each = [dataclasses.replace(parts, experiment=sums(seed, mesh=split)) for seed in (0, 1)]
         starts = [online.initial_state(own) for own in each]
         for platform in ("cpu", "gpu"):
-            do = seeds.programs(parts, mesh, platform)
+            do = seeds.programs([seeds.Variant(parts, [], ["a", "b"])], mesh, platform)
             states, *_ = do.step(do.stack(starts))
             made.append(jax.device_get(do.step(states)))
             assert do.step._cache_size() == 1, "states come out split otherwise than they went in"

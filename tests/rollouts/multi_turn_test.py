@@ -1,5 +1,6 @@
 """Episodes of several turns: the scorer reproduces them, one turn is a single turn, payments sit in their places."""
 
+import dataclasses
 import functools
 
 import jax
@@ -55,10 +56,10 @@ def talkative(*, most=K) -> Environment:
     return Environment(reset, step, O)
 
 
-def sample(rollout_fn=multi_turn, *, key=3, sampling=Sampling(), **knobs):
+def sample(rollout_fn=multi_turn, *, model=MODEL, key=3, sampling=Sampling(), **knobs):
     knobs = dict(environment=talkative(), max_turns=K, max_turn_tokens=T) | knobs if rollout_fn is multi_turn else knobs
     run = jax.jit(lambda params, prompts, key: rollout_fn(
-        MODEL, params, prompts, key, vocabulary=Words, sampling=sampling, group_size=G, policy_version=7, **knobs))
+        model, params, prompts, key, vocabulary=Words, sampling=sampling, group_size=G, policy_version=7, **knobs))
     return run(params(), some_prompts(), jax.random.key(key)).check()
 
 
@@ -77,6 +78,14 @@ def test_the_scorer_reproduces_the_sampler_and_so_does_the_shared_prompt():
     for said in (by_row(params()), by_group(params())):
         np.testing.assert_allclose(np.where(rollout.action_mask, said, 0.0), rollout.behavior_log_probs, atol=1e-5)
     assert bool(shared.readable(prompts, rollout).all())
+
+
+def test_turns_through_caches_in_8_bits_are_scored_about_as_they_were_sampled():
+    model = Transformer(dataclasses.replace(MODEL.config, cache_dtype="int8"))
+    rollout = sample(model=model)
+    exact = jax.jit(functools.partial(scoring.score, MODEL))(params(), rollout).log_probs
+    gap = jnp.abs(jnp.where(rollout.action_mask, exact - rollout.behavior_log_probs, 0.0))
+    assert jnp.max(rollout.turn) > 0 and 1e-5 < jnp.max(gap) < 0.05
 
 
 def test_one_turn_is_a_single_turn():
@@ -161,8 +170,6 @@ def test_mistakes_are_refused_in_one_line(changed, words):
 
 
 def test_rows_longer_than_a_table_of_positions_are_refused():
-    import dataclasses
-
     short = Transformer(dataclasses.replace(MODEL.config, learned_positions=P + 2 * T))
     with pytest.raises(Refused, match="multi_turn.max_turns or max_turn_tokens"):
         jax.eval_shape(lambda: multi_turn(

@@ -46,10 +46,11 @@ def kuhn_poker(
     Who opens the round checks (x) or bets (b); so does the other after a check. A bet is called (c) or folded (f). A
     fold loses 1; otherwise cards are shown and the higher wins 1, or 2 after a call. Player 0 opens rounds 0, 2, ...
 
-    The mover is told its card at its first move of a round, and what the other did since: J, then b for a player who
-    checked. After a round it is first told, before the next card: the other's last move if that closed the round, the
-    chips won in it as +2 or -1, and the other's card where cards were shown. A move is one of xbcf, and an EOS where
-    there is room.
+    The mover is told what the other did since, and its card at its first move of a round: xJ to who moves second after
+    a check, J and later b to who checked first. (Were the card told before it, Jx would be both the other's check, with
+    a move to follow, and an own one, which is over.) After a round it is first told: the other's last move if that
+    closed the round, the chips won in it as +2 or -1, and the other's card where cards were shown. A move is one of
+    xbcf, and an EOS where there is room.
 
     Args:
       vocabulary: spells "JQKxbcf+-12" as one token each.
@@ -135,8 +136,8 @@ def _observation(vocabulary: Vocabulary, rounds: int) -> Callable[[Any], tuple[A
     def observation(state: Any) -> tuple[Array, Array]:
         me, betting, last = player(state), state["betting"], state["last"]
         opening, others = betting < 3, betting > 0  # its first move of the round; the other has moved in it
-        now = jnp.stack([cards[card(state, me)], moves[jnp.where(betting == 1, CHECK, BET)]])
-        keep = jnp.stack([opening, others])
+        now = jnp.stack([moves[jnp.where(betting == 1, CHECK, BET)], cards[card(state, me)]])
+        keep = jnp.stack([others, opening])
         if rounds == 1:
             return w.packed(now, keep, vocabulary.pad_id)
         after = opening & (state["round"] > 0)
@@ -184,7 +185,7 @@ def prompts(vocabulary: Vocabulary = w.VOCABULARY, *, text: str = PROMPT, name: 
 def information_sets(vocabulary: Vocabulary = w.VOCABULARY, *, text: str = PROMPT, max_move_tokens: int = 2) -> Prompts:
     """What a player has before it at each of the 12 information sets of the first round, as rows of a rollout have it.
 
-    The prompt, then the card and what the other did; at "xb" the player's own check stands between. In the order of
+    The prompt, then what the other did and the card; at "xb" the player's own check stands between. In the order of
     kuhn_exact: row 3 h + card for betting h.
 
     Args:
@@ -194,7 +195,7 @@ def information_sets(vocabulary: Vocabulary = w.VOCABULARY, *, text: str = PROMP
     spell = lambda said: w.symbol_ids(vocabulary, said).tolist()  # noqa: E731
     start = list(vocabulary.encode(text))
     end = [vocabulary.eos_ids[0]] if max_move_tokens > 1 else []
-    rows = [start + (spell(c + "x") + end + spell("b") if betting == "xb" else spell(c + betting))
+    rows = [start + (spell(c + "x") + end + spell("b") if betting == "xb" else spell(betting + c))
             for betting in BETTING for c in CARDS]  # fmt: skip
     width = max(map(len, rows))
     tokens = np.asarray([[vocabulary.pad_id] * (width - len(row)) + row for row in rows], np.int32)

@@ -22,11 +22,11 @@ def tic_tac_toe(
 ) -> Game:
     """Tic-Tac-Toe. Player 0 is X and moves first; three in a line win 1 to -1, and a full board is a draw, 0 to 0.
 
-    The mover is told its mark and then the board, row by row: O....X.... is told to O after X took the middle. A move
-    is the digit of an empty cell, 0 to 8, and an EOS where there is room.
+    The mover is told its mark and then the board, row by row, empty cells by their digits: O0123X5678 is told to O
+    after X took the middle. A move is the digit of an empty cell, and an EOS where there is room.
 
     Args:
-      vocabulary: spells ".XO012345678" as one token each.
+      vocabulary: spells "XO012345678" as one token each.
       marker: see words.reader; what is written before it is free, and nobody is told.
       broken: what (the offender, the other player) win where a move is illegal or not readable. The default keeps the
         game zero-sum, so that breaking the rules is a loss and what is exact about zero-sum games holds. SPIRAL's code
@@ -37,15 +37,16 @@ def tic_tac_toe(
     """
     broken = w.check_broken("tic_tac_toe", broken)
     read = w.reader(vocabulary, w.words(vocabulary, MOVES), marker)
-    marks = w.symbol_ids(vocabulary, ".XO")
+    marks, digits = (w.symbol_ids(vocabulary, text) for text in ("XO", "".join(MOVES)))
 
     def reset(key: Array) -> dict[str, Array]:
         del key
         return {"cells": jnp.zeros(9, jnp.int32), "broke": jnp.int32(-1)}
 
     def observation(state: Any) -> tuple[Array, Array]:
-        seen = jnp.concatenate([1 + mover(state["cells"])[None], state["cells"]])
-        return jnp.asarray(marks)[seen], jnp.int32(10)
+        cells, mark = state["cells"], jnp.asarray(marks)
+        board = jnp.where(cells > 0, mark[cells - 1], jnp.asarray(digits))
+        return jnp.concatenate([mark[mover(cells)][None], board]), jnp.int32(10)
 
     def step(state: Any, tokens: Array, length: Array) -> Any:
         cells, me, move = state["cells"], mover(state["cells"]), read(tokens, length)

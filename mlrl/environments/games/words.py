@@ -12,7 +12,7 @@ import numpy as np
 from mlrl.types import Array, Refused, Vocabulary, require_whole
 from mlrl.vocabularies import characters
 
-VOCABULARY = characters("0123456789.XOJQKxbcf+-WGAD>:=TPN")  # of all games here, so that tasks of them mix
+VOCABULARY = characters("0123456789XOJQKxbcf+-WGAD>:=TPN")  # of all games here, so that tasks of them mix
 
 ZERO_SUM = (-1.0, 1.0)
 

@@ -54,7 +54,7 @@ def test_a_row_of_tic_tac_toe_holds_all_moves_of_a_player():
     for b, before, (move, end) in found:
         mark, board, cell = VOCABULARY.decode(before[-10:-9]), VOCABULARY.decode(before[-9:]), VOCABULARY.decode([move])
         assert end == EOS and mark == "XO"[b % 2] and board.count("X") - board.count("O") == b % 2
-        assert board[int(cell)] == "."
+        assert board[int(cell)] == cell
         assert VOCABULARY.decode(before[:-10]) == tic_tac_toe.PROMPT if b not in written else before[:-10] == written[b]
         written[b] = [*before, move, end]
     assert set(written) == set(range(8))

@@ -31,13 +31,13 @@ def dealt(game, *cards):
 
 
 @pytest.mark.parametrize("cards, moves, won, heard", [
-    ((K, J), "xx", 1, ["K", "Jx"]),
-    ((J, Q), "xx", -1, ["J", "Qx"]),
-    ((J, Q), "bf", 1, ["J", "Qb"]),
-    ((J, Q), "bc", -2, ["J", "Qb"]),
-    ((Q, J), "bc", 2, ["Q", "Jb"]),
-    ((Q, J), "xbf", -1, ["Q", "Jx", "b"]),
-    ((Q, J), "xbc", 2, ["Q", "Jx", "b"]),
+    ((K, J), "xx", 1, ["K", "xJ"]),
+    ((J, Q), "xx", -1, ["J", "xQ"]),
+    ((J, Q), "bf", 1, ["J", "bQ"]),
+    ((J, Q), "bc", -2, ["J", "bQ"]),
+    ((Q, J), "bc", 2, ["Q", "bJ"]),
+    ((Q, J), "xbf", -1, ["Q", "xJ", "b"]),
+    ((Q, J), "xbc", 2, ["Q", "xJ", "b"]),
 ])  # fmt: skip
 def test_a_round(cards, moves, won, heard):
     state, players, told = hand.play(GAME, moves, state=dealt(GAME, cards))
@@ -57,12 +57,12 @@ def test_chips_of_all_rounds_count_and_not_the_last_winner():
     # Player 0 bets and is called: +2. Player 1 opens, both check: -1. Player 0 checks, and folds: -1.
     state, players, told = hand.play(THREE, "bcxxxbf", state=dealt(THREE, *cards))
     assert players == [0, 1, 1, 0, 0, 1, 0]
-    assert told == ["K", "Qb", "-2KK", "c+2QJx", "-1KQ", "x+1JKx", "b"]
+    assert told == ["K", "bQ", "-2KK", "c+2QxJ", "-1KQ", "x+1JxK", "b"]
     assert hand.end(THREE, state) == (True, [0.0, 0.0], -1) == hand.end(MATCH, state)
     state, *_ = hand.play(THREE, "bcxxxx", state=dealt(THREE, *cards))
     assert int(state["chips"]) == 0
     state, _, told = hand.play(THREE, "bfbfbf", state=dealt(THREE, *cards))
-    assert told == ["K", "Qb", "-1K", "f+1Jb", "-1Q", "f+1Kb"]
+    assert told == ["K", "bQ", "-1K", "f+1bJ", "-1Q", "f+1bK"]
     assert hand.end(THREE, state) == (True, [1.0, -1.0], -1) == hand.end(MATCH, state)
     state, *_ = hand.play(THREE, "bcbcbf", state=dealt(THREE, (K, Q), (K, J), (Q, K)))
     assert hand.end(THREE, state) == (True, [5.0, -5.0], -1) and hand.end(MATCH, state) == (True, [1.0, -1.0], -1)
@@ -174,7 +174,7 @@ def test_it_keeps_the_promises_of_games():
 def test_information_sets_are_rows_of_a_rollout():
     found = kuhn_poker.information_sets().check()
     texts = [words.VOCABULARY.decode(t[v]) for t, v in zip(np.asarray(found.tokens), np.asarray(found.valid))]
-    assert texts == ["P:JQK=" + said for said in "J Q K Jx Qx Kx Jb Qb Kb Jxb Qxb Kxb".split()]
+    assert texts == ["P:JQK=" + said for said in "J Q K xJ xQ xK bJ bQ bK Jxb Qxb Kxb".split()]
     assert np.asarray(found.valid).sum(1).tolist() == [7] * 3 + [8] * 6 + [10] * 3  # an EOS after the own check
     assert found.tokens[9, -2] == hand.EOS
     assert kuhn_poker.information_sets(max_move_tokens=1).tokens.shape == (12, 9)

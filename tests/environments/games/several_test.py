@@ -24,14 +24,14 @@ OPPONENT = several.each_its_own([tic_tac_toe.at_random(), kuhn_poker.at_random()
 def test_the_drawn_game_is_played():
     state = hand.begun(GAME) | {"which": np.int32(0)}
     end, players, told = hand.play(GAME, "403", state=state)
-    assert told == ["T:XO=X.........", "T:XO=O....X....", "XO...X...."] and players == [0, 1, 0]
+    assert told == ["T:XO=X012345678", "T:XO=O0123X5678", "XO123X5678"] and players == [0, 1, 0]
     assert set(hand.sampled(OPPONENT, end)) == {f"{cell}!" for cell in "125678"}
     end, *_ = hand.play(GAME, "8", state=hand.play(GAME, "1", state=end)[0])
     assert hand.end(GAME, end) == (False, [0, 0], -1)
     poker = hand.begun(GAME) | {"which": np.int32(1)}
     cards = "".join(kuhn_poker.CARDS[c] for c in poker["games"][1]["cards"][0])
     end, _, told = hand.play(GAME, "xbf", state=poker)
-    assert told == [f"P:JQK={cards[0]}", f"P:JQK={cards[1]}x", "b"] and hand.end(GAME, end) == (True, [-1, 1], -1)
+    assert told == [f"P:JQK={cards[0]}", f"P:JQK=x{cards[1]}", "b"] and hand.end(GAME, end) == (True, [-1, 1], -1)
     assert hand.end(GAME, hand.play(GAME, "x", state=state)[0]) == (True, [-1, 1], 0)  # no move of this game
 
 
