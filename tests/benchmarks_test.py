@@ -124,6 +124,19 @@ def test_every_case_runs_on_both_sides(case, rows, folders):
             assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(turn(number)) if x.dtype == float)
 
 
+def test_early_ends_are_refilled_and_cut_to_buckets(folders, monkeypatch):
+    """As the heavy tail's, whose rows are more than the slots; and the rows are those of a plain sampler."""
+    given = (shapes.MODELS["tiny"], shapes.ROWS["tinytail"], folders["tinytail"], 4)
+    plain = cases.mlrl("decode", *given)(0)
+    monkeypatch.setattr(cases, "SLOTS", 4)
+    monkeypatch.setattr(cases, "BUCKETS", (2, 4))
+    assert cases.experiment(*given).length_buckets == (2, 4, 6)
+    assert cases.experiment(*given).rollout_fn.keywords["sampler"].func is cases.refilled
+    np.testing.assert_array_equal(cases.mlrl("decode", *given)(0).action_mask, plain.action_mask)
+    _, metrics = cases.mlrl("step", *given)(0)
+    assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
+
+
 def test_both_sides_score_alike(folders):
     given = (shapes.MODELS["tiny"], shapes.ROWS["tiny"], folders["tiny"], 4)
     rollout = cases.mlrl("decode", *given)(0)
