@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -222,6 +223,11 @@ def sampler_log_probs(rollout: Rollout, score_fn: Callable[[Rollout], Scores]) -
     """Old log-probs as the sampler recorded them: nothing is recomputed. [B,L]."""
     del score_fn
     return rollout.behavior_log_probs
+
+
+def recorded(old_log_probs: Callable[..., Array]) -> bool:
+    """Whether a choice of old log-probs is `sampler_log_probs`, also with its arguments bound: no model is asked."""
+    return inspect.unwrap(old_log_probs) is sampler_log_probs
 
 
 def recomputed_log_probs(rollout: Rollout, score_fn: Callable[[Rollout], Scores]) -> Array:

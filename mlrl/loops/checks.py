@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -197,7 +196,7 @@ def stored_rows_suffice(reads: set[str] | frozenset[str], old_log_probs: Callabl
     if missing:
         raise Refused(f"a loss reads {missing[0]}, which stored rows do not have: set Experiment.advantage_fn (for "
                       "kto, @advantages.kto), choose another loss, or the online loop")  # fmt: skip
-    if "Batch.old_log_probs" in reads and inspect.unwrap(old_log_probs) is scoring.sampler_log_probs:
+    if "Batch.old_log_probs" in reads and scoring.recorded(old_log_probs):
         raise Refused("Batch.old_log_probs is read, and nobody sampled stored rows: set Experiment.old_log_probs = "
                       "@scoring.recomputed_log_probs")  # fmt: skip
 
@@ -242,13 +241,18 @@ def groups_teach(advantage_fn: Callable[[Batch], Any], batch: Batch, group_size:
 def sampling_fits(sampling: Sampling, old_log_probs: Callable, reads: set[str] | frozenset[str], *,
                   group_size: int = 2) -> None:  # fmt: skip
     """Importance ratios need one distribution in numerator and denominator, and a group needs randomness."""
-    recorded = inspect.unwrap(old_log_probs) is scoring.sampler_log_probs
-    if sampling.filtered and recorded and "Batch.old_log_probs" in reads:
+    if sampling.filtered and scoring.recorded(old_log_probs) and "Batch.old_log_probs" in reads:
         raise Refused("importance ratios under top-k or top-p would compare two different distributions: set "
                       "Sampling.top_k = 0 and top_p = 1.0, or Experiment.old_log_probs = "
                       "@scoring.recomputed_log_probs")  # fmt: skip
     if sampling.temperature == 0.0 and group_size > 1:
         raise Refused("Sampling.temperature is 0.0 (greedy), so all completions of a group are alike: set it above 0")
+
+
+def compares_with_sampler(old_log_probs: Callable, reads: set[str] | frozenset[str]) -> bool:
+    """Whether anything reads how likely rows were to the sampler."""
+    recorded = "Batch.old_log_probs" in reads and scoring.recorded(old_log_probs)
+    return recorded or "Batch.rollout.behavior_log_probs" in reads
 
 
 def caches_are_minded(config: Config, old_log_probs: Callable, reads: set[str] | frozenset[str]) -> None:
@@ -257,8 +261,7 @@ def caches_are_minded(config: Config, old_log_probs: Callable, reads: set[str] |
     """
     if jnp.dtype(config.cache_dtype or config.dtype).itemsize >= jnp.dtype(config.dtype).itemsize:
         return
-    recorded = inspect.unwrap(old_log_probs) is scoring.sampler_log_probs
-    if "Batch.rollout.behavior_log_probs" not in reads and not (recorded and "Batch.old_log_probs" in reads):
+    if not compares_with_sampler(old_log_probs, reads):
         _log.warning("Config.cache_dtype is %r, and the losses take rows to be the learner's own, with a ratio of 1: "
                      "choose a loss that reads the log-probs recorded by the sampler, as policy.ppo_clip with "
                      "old_log_probs = @scoring.sampler_log_probs, or weigh rows by losses.corrections",

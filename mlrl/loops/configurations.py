@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlrl import scoring, selection
+from mlrl import selection
+from mlrl.loops import checks
 from mlrl.rewards.completions import name_of
 from mlrl.sampling import Sampling
 from mlrl.types import Array, Batch, Metrics, Refused, SelectFn, TrainState
@@ -127,9 +128,7 @@ def fits(experiment: Any) -> None:
 
 def one_temperature(experiment: Any, read: set[str]) -> None:
     """Raises Refused where a temperature is chosen and a loss compares the sampler with the learner."""
-    recorded = inspect.unwrap(experiment.old_log_probs) is scoring.sampler_log_probs
-    compared = "Batch.rollout.behavior_log_probs" in read or (recorded and "Batch.old_log_probs" in read)
-    if experiment.configure.init() and compared:
+    if experiment.configure.init() and checks.compares_with_sampler(experiment.old_log_probs, read):
         raise Refused("Experiment.configure chooses the sampler's temperature, and a loss compares the sampler's "
                       "log-probs with the learner's: set Experiment.losses = (@supervised.next_token,)")  # fmt: skip
 

@@ -104,10 +104,10 @@ class Experiment:
     rollout_mesh    mesh -> the same devices as rollouts split things over them, such as meshes.rearranged
     steps_ahead     0, or 1: a step's rows are sampled while the step before learns, by weights one update old; see
                     loops.pipeline
-    recording       what the run writes down
-    seed            of prompts, sampling and first parameters
     steps_per_dispatch  K whole steps in one program, with task and reward in the graph; saving and evaluating, as all
                     that is done every so many steps, come between
+    recording       what the run writes down
+    seed            of prompts, sampling and first parameters
     """
 
     task: Task

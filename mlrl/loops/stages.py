@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -169,8 +168,7 @@ def annotate(parts: Parts, state: TrainState, batch: Batch, score: ScoreFn) -> B
 
 def asks_models(parts: Parts) -> bool:
     """Whether `annotate` runs a model."""
-    recorded = inspect.unwrap(parts.experiment.old_log_probs) is scoring.sampler_log_probs
-    recomputes = "Batch.old_log_probs" in parts.reads and not recorded
+    recomputes = "Batch.old_log_probs" in parts.reads and not scoring.recorded(parts.experiment.old_log_probs)
     return recomputes or "Batch.values" in parts.reads or reads_reference(parts)
 
 

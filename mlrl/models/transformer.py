@@ -38,16 +38,16 @@ class Config:
     windows            how many tokens back a layer's attention sees, 0 for all; the tuple repeats over the layers
     window_rope_theta  rope_theta of the layers with a window, which are then not scaled; 0.0: as in the others
     learned_positions  rows of a table of positions that are added to the embedding, in place of rotation; 0: none
-    norm_eps           what a normalization adds to the variance
     norm               (eps, param_dtype) -> a normalization; see mlrl.models.norms
+    norm_eps           what it adds to the variance
     post_norms         also normalizes what attention and MLP return (Gemma 2)
     qk_norm            normalizes each head's queries and keys (Qwen3)
     qkv_bias           biases on queries, keys and values (Qwen2 has them, Llama does not)
     out_bias, mlp_bias  biases on the attention's output, and on all of the MLP (GPT-2)
     gated_mlp          gate and up, or up only
     activation         the function between
-    experts_per_token  how many experts a token passes
     experts            gated MLPs of mlp_width in a layer, of which a token passes experts_per_token; 0: one MLP
+    experts_per_token  how many experts a token passes
     experts_renormalized  the chosen experts' weights sum to 1
     scale_width        attention logits are divided by its root; 0: head_width
     attention_cap, logits_cap  soft caps of the attention's and the output's logits; 0.0: none (Gemma 2)

@@ -114,6 +114,8 @@ def ngram_f(tokens: Array, valid: Array, answer: Array, answer_valid: Array, *, 
     for n = 1 .. max_order. An n-gram matches as often as it is in both. An n that both are too short for is left out;
     if one is, it counts 0.
 
+    Tokens are compared in pairs, which takes [B,T,T] and [B,T,A] booleans: it is for short rows.
+
     Args:
       tokens, valid: [B,T], packed to the left.
       answer, answer_valid: [B,A], packed to the left.
