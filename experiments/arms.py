@@ -107,6 +107,13 @@ def at_the_end(one: Mapping[str, Any], task: str, metric: str) -> float:
     return list(evaluated(one, task, metric).values())[-1]
 
 
+def over_training(curve: Mapping[int, float]) -> float:
+    """The mean of a curve over training: the area under it, by trapezoids, over the number of steps."""
+    points = list(curve.items())
+    total = sum((b - a) * (x + y) / 2 for (a, x), (b, y) in zip(points, points[1:]))
+    return total / (points[-1][0] - points[0][0])
+
+
 def band(axes: Any, xs: list[float], rows: list[list[float]], label: str, **style: Any) -> None:
     """Draws the mean of rows [seeds, len(xs)] and its 95% interval."""
     intervals = [t_interval(list(column)) for column in zip(*rows)] if len(rows) > 1 else [(y, y, y) for y in rows[0]]

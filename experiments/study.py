@@ -82,6 +82,15 @@ def shown(values: list[float]) -> str:
     return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 
 
+def shown_gain(ours: list[float], others: list[float]) -> str:
+    """Mean and 95% interval of ours less others, one of each a seed."""
+    gains = [a - b for a, b in zip(ours, others, strict=True)]
+    if len(gains) < 2:
+        return f"{gains[0]:+.3f}"
+    mean, low, high = t_interval(gains)
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
 def plot(curves: dict[str, list[dict[int, float]]], metric: str, path: pathlib.Path) -> None:
     """Mean over seeds and its interval against the step, one colour an arm."""
     import matplotlib

@@ -18,7 +18,8 @@ def test_the_table_measures_every_arm_by_the_tokens_last_mean():
     token, macro = compare.table(CURVES).splitlines()[2:]
     assert "steps to 0.500" in compare.table(CURVES)
     assert token.endswith("| never, 10 |") and macro.endswith("| 10, never |")
-    assert "| 0.375 [" in macro and "| -0.100 [" in macro  # (0.4 - 0.3) and (0.35 - 0.65), halved
+    # Over 20 steps: (0.225, 0.725) of token and (0.35, 0.3) of fixed_5; (0.125 - 0.425) / 2.
+    assert "| 0.325 [" in macro and "| -0.150 [" in macro and "| +0.000 [" in token
 
 
 def test_without_the_token_arm_there_is_nothing_to_measure_by():

@@ -40,7 +40,7 @@ def main() -> None:
     if not seeds:
         parser.error(f"no seed has a finished run of every arm in {arguments.folder}")
     runs = {arm: [place(arm, seed) for seed in seeds] for arm in arguments.arms}
-    text = table(runs)
+    text = "\n".join([table(runs), against_others(runs)])
     (arguments.folder / "table.md").write_text(text)
     plot(runs, arguments.folder / "plot.png")
     print(text)
@@ -66,6 +66,18 @@ def table(runs: dict[str, list[pathlib.Path]]) -> str:
         cells = [arm, len(folders), at(accuracy, 0), at(accuracy, -1), rise, at(diversity, 0), at(diversity, -1)]
         cells += [f"{at(curves, 0)}, {at(curves, -1)}" for curves in of_rounds]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def against_others(runs: dict[str, list[pathlib.Path]]) -> str:
+    """A Markdown table: what is held out after the last round, of `both` less each other arm, seed by seed."""
+    if "both" not in runs:
+        return ""
+    last = lambda arm, metric: [list(study.curve(f, metric).values())[-1] for f in runs[arm]]  # noqa: E731
+    lines = [f"| both less | {ACCURACY} | {DIVERSITY} |", "|---|---|---|"]
+    for arm in (arm for arm in runs if arm != "both"):
+        cells = [study.shown_gain(last("both", metric), last(arm, metric)) for metric in (ACCURACY, DIVERSITY)]
+        lines.append("| " + " | ".join([arm, *cells]) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -12,8 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from experiments import arms
-from experiments.study import plot, shown
-from mlrl.metrics import t_interval
+from experiments.study import plot, shown, shown_gain
 
 NAMES = ("token", "token_long", "fixed_3", "fixed_5", "fixed_10", "totals", "perplexity")
 ARMS = {name: f"experiments/ma_rlhf/{name}.gin" for name in NAMES}
@@ -35,12 +34,6 @@ def parity(one: dict[int, float], goal: float) -> int | None:
     return next((step for step, value in sorted(one.items()) if step > 0 and value >= goal), None)
 
 
-def over_training(one: dict[int, float]) -> float:
-    """The mean of all evaluations after the start: what was learned, and how soon."""
-    values = [value for step, value in one.items() if step > 0]
-    return sum(values) / len(values)
-
-
 def table(curves: dict[str, list[dict[int, float]]]) -> str:
     """A Markdown table: before, after, over training and less `token` there, and each seed's steps to parity."""
     base: Any = curves.get("token")
@@ -53,19 +46,10 @@ def table(curves: dict[str, list[dict[int, float]]]) -> str:
         steps = [parity(one, goal) for one in runs]
         each = ", ".join("never" if step is None else str(step) for step in steps)
         before, after = ([one[end(one)] for one in runs] for end in (min, max))
-        whole = [over_training(one) for one in runs]
-        gain = [mine - over_training(other) for mine, other in zip(whole, base)]
-        cells = [name, len(runs), shown(before), shown(after), shown(whole), _signed(gain), each]
+        whole, of_base = ([arms.over_training(one) for one in each] for each in (runs, base))
+        cells = [name, len(runs), shown(before), shown(after), shown(whole), shown_gain(whole, of_base), each]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _signed(values: list[float]) -> str:
-    """Mean and 95% interval of differences, one a seed."""
-    if len(values) < 2:
-        return f"{values[0]:+.3f}"
-    mean, low, high = t_interval(values)
-    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pathlib
 from typing import Any
 
 from experiments import arms
-from experiments.study import shown
+from experiments.study import shown, shown_gain
 
 NAMES = ("ssr_zero", "frozen_judge", "ssr_x", "reference", "random")
 ARMS = {name: f"experiments/ssr_zero/{name}.gin" for name in NAMES}
@@ -51,7 +51,7 @@ def against_controls(found: dict[str, list[Any]]) -> str:
     for name in (name for name in found if name != "random"):
         before = [arms.evaluated(one, "held_out", "ngram_overlap")[0] for one in found[name]]
         others = [before, *(of(control) for control in controls)]
-        cells = ["" if name == other else shown([a - b for a, b in zip(of(name), theirs)])
+        cells = ["" if name == other else shown_gain(of(name), theirs)
                  for other, theirs in zip(["before", *controls], others)]  # fmt: skip
         lines.append("| " + " | ".join([name, *cells]) + " |")
     return "\n".join(lines) + "\n"
