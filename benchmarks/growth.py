@@ -23,7 +23,6 @@ from benchmarks.peers.protocol import Lost, Turns, Worker
 from mlrl import advantages, meshes
 from mlrl.costs.work import of_step
 from mlrl.loops import online
-from mlrl.loops.start import random_parameters
 from mlrl.models.transformer import parameter_count
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -58,7 +57,7 @@ def experiment(point: Point) -> online.Experiment:
     rows = shapes.Rows(point.rows // point.group, point.group, point.prompt, point.length, 0.0)
     made = cases.experiment(model, rows, "", min(point.micro, point.rows))
     never = dataclasses.replace(made.task.vocabulary, eos_ids=(-1,))
-    return dataclasses.replace(made, start=random_parameters, advantage_fn=advantages.task_relative,
+    return dataclasses.replace(made, advantage_fn=advantages.task_relative,
                                task=dataclasses.replace(made.task, vocabulary=never))  # fmt: skip
 
 

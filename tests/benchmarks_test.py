@@ -246,4 +246,6 @@ def test_growth_is_measured_beside_formulas():
 
 
 def test_growth_s_groups_of_one_are_an_experiment():
-    growth.online.prepare(growth.experiment(growth.TINY["rows"][0]._replace(group=1)))
+    parts = growth.online.prepare(growth.experiment(growth.TINY["rows"][0]._replace(group=1)))
+    rollout = growth.online.stages.abstract_rows(parts)[1]
+    assert parts.experiment.group_size == 1 and rollout.tokens.shape[0] == growth.TINY["rows"][0].rows
