@@ -16,9 +16,9 @@ from drills.trials import Drill, Outcome, TrialFn, chance
 
 
 @contextlib.contextmanager
-def prepared(seed: int, short: bool) -> Iterator[TrialFn]:
+def prepared(seed: int, steps: int) -> Iterator[TrialFn]:
     """Trains the run undisturbed, twice: the first compiles, the second says how long it takes."""
-    del short
+    del steps
     with tempfile.TemporaryDirectory(prefix="drill-kills-") as name:
         folder = pathlib.Path(name)
         worlds.write(folder)
@@ -45,8 +45,9 @@ def prepared(seed: int, short: bool) -> Iterator[TrialFn]:
                 return Outcome(kind, "not resumed", f"exit status {process.exitcode}: {log.read_text()[-600:]}")
             wrong = worlds.difference(read(folder / run), undisturbed) or worlds.traced(log)
             shutil.rmtree(folder / run)
-            return Outcome(kind, "another state" if wrong else "bitwise the same", wrong and f"killed after {moment:.2f} "
-                           f"s, at step {reached}: {wrong}")  # fmt: skip
+            if wrong:
+                return Outcome(kind, "another state", f"killed after {moment:.2f} s, at step {reached}: {wrong}")
+            return Outcome(kind, "bitwise the same")
 
         yield trial
 
@@ -74,6 +75,6 @@ def steps_done(run: pathlib.Path) -> int:
 
 
 KILLS = Drill(
-    "kills", "A run with host rewards, a curriculum that adapts and checkpoints every three steps is killed (`kill -9`) at "
-    "a moment drawn evenly over its time, and started again: its last state is bitwise, and its log line by line, that of "
-    "the undisturbed run, and no worker process is left.", 100, 1, 300.0, prepared)  # fmt: skip
+    "kills", "A run with host rewards, a curriculum that adapts and checkpoints every three steps is killed (`kill "
+    "-9`) at a moment drawn evenly over its time, and started again: its last state is bitwise, and its log line by "
+    "line, that of the undisturbed run, and no worker process is left.", 100, 1, 300.0, prepared)  # fmt: skip

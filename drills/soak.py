@@ -1,96 +1,126 @@
-"""Trains an experiment as a user would and watches its memory and its compilations from outside.
+"""Trains as a user would and watches from outside: memory, descriptors and tokens a second flat, nothing compiled."""
 
-    python -m benchmarks.soak EXPERIMENT.gin [--gin.NAME=VALUE ...]
+from __future__ import annotations
 
-Set the number of steps with an override of the experiment's own. The first fifth of the steps warms up; over the
-rest, memory (of the process and its workers) must not grow by more than 2 % and nothing may be compiled.
-Writes soak.json beside this file; the exit status is 1 if memory grew or something was compiled.
-"""
-
-import argparse
+import contextlib
 import json
 import pathlib
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import psutil
 
-HERE = pathlib.Path(__file__).resolve().parent
-MOST_GROWTH = 0.02  # of the memory after warming up
+from drills import experiments
+from drills.trials import Drill, Outcome, TrialFn
+
+MOST_GROWTH = 0.02  # of the memory after warming up,
+SPARE_MIB = 8.0  # or so much, where a short run has only begun to fill what it keeps
+LEAST_SPEED = 0.7  # tokens a second of the last quarter beside those of the second; others may use the machine
+CASES = {"in the graph": "in_graph", "on the host": "host"}
 
 
-def memory_mib(process):
-    """Memory of a process and of those it started, in MiB, without the pages of files, which the system takes back
-    when others need room; 0.0 once it is gone."""
-    total = 0
+def held(process: psutil.Process) -> tuple[float, int]:
+    """Memory in MiB and descriptors of a process and of those it started; memory without the pages of files, which the
+    system takes back when others need room. Those that are gone hold nothing."""
+    memory, descriptors = 0, 0
     for one in [process, *process.children(recursive=True)]:
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             info = one.memory_info()
-            total += info.rss - getattr(info, "shared", 0)
-        except psutil.NoSuchProcess:
-            pass
-    return total / 2**20
+            memory += info.rss - getattr(info, "shared", 0)
+            descriptors += one.num_fds()
+    return memory / 2**20, descriptors
 
 
-def steps_of(metrics):
+def steps_of(metrics: pathlib.Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl that are whole, as they stand."""
     if not metrics.is_file():
         return []
     return [json.loads(line) for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def watch(command, metrics, every_seconds=1.0):
-    """Runs a command to its end. Returns [(step, MiB), ...] as time went by."""
+def watch(command: Sequence[str], folder: pathlib.Path, metrics: pathlib.Path,
+          every_seconds: float = 0.5) -> list[tuple[int, float, int]]:  # fmt: skip
+    """Runs a command in a folder to its end. Returns [(step, MiB, descriptors), ...] as time went by."""
     seen = []
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
-        process = psutil.Process(run.pid)
-        while run.poll() is None:
-            time.sleep(every_seconds)
-            rows = steps_of(metrics)
-            try:
-                seen.append((rows[-1]["step"] if rows else 0, memory_mib(process)))
-            except psutil.NoSuchProcess:
-                break
+    with (folder / "said").open("w") as said:
+        with subprocess.Popen(command, cwd=folder, stdin=subprocess.DEVNULL, stderr=said) as run:
+            process = psutil.Process(run.pid)
+            while run.poll() is None:
+                time.sleep(every_seconds)
+                rows = steps_of(metrics)
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    seen.append((rows[-1]["step"] if rows else 0, *held(process)))
     if run.returncode:
-        raise SystemExit(f"soak: the run ended with exit status {run.returncode}; run it alone: {' '.join(command)}")
+        raise RuntimeError(f"the run ended with exit status {run.returncode}: {(folder / 'said').read_text()[-500:]}")
     return seen
 
 
-def verdict(seen, rows):
-    """What grew after the first fifth of the steps, from a line fitted to all later measurements."""
+def verdict(seen: Sequence[tuple[int, float, int]], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What grew after the first fifth of the steps: memory from a line fitted to all later measurements, descriptors
+    and tokens a second from the second quarter of the run to the last."""
     last = rows[-1]["step"]
-    steps, memory = np.asarray([point for point in seen if last / 5 <= point[0] < last], float).T
-    slope, start = np.polyfit(steps, memory, 1)
+    steps, memory, _ = np.asarray([point for point in seen if last / 5 <= point[0] < last], float).T
+    slope, start = np.polyfit(steps, memory, 1) if len(set(steps)) > 1 else (0.0, memory[0])
     compilations = {row["step"]: row["compilations"] for row in rows if row["step"] >= last / 5}
     first = compilations[min(compilations)]
+    quarter = lambda pairs, n: [value for step, value in pairs if (n - 1) * last / 4 <= step < n * last / 4]
+    opened = [(step, descriptors) for step, _, descriptors in seen]
+    speed = [(row["step"], row["tokens_per_second"]) for row in rows if "tokens_per_second" in row]
+    warm = float(start + slope * steps[0])
     return {
         "steps": last,
         "measurements": len(memory),
-        "warm_mib": float(start + slope * steps[0]),
-        "mib_per_100_steps": float(100 * slope),
-        "growth_share": float(slope * (steps[-1] - steps[0]) / (start + slope * steps[0])),
-        "mib_by_step": [[int(step), round(mib, 1)] for step, mib in seen[:: max(1, len(seen) // 40)]],
+        "warm_mib": warm,
+        "growth_mib": float(slope * (steps[-1] - steps[0])),
+        "growth_share": float(slope * (steps[-1] - steps[0]) / warm),
+        "descriptors": [max(quarter(opened, n), default=0) for n in (2, 4)],
+        "speed_ratio": float(np.median(quarter(speed, 4)) / np.median(quarter(speed, 2))),
         "compilations_when_warm": first,
         "compilations_after": {str(step): count - first for step, count in compilations.items() if count != first},
     }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment")
-    arguments, overrides = parser.parse_known_args()
-    with tempfile.TemporaryDirectory() as folder:
-        metrics = pathlib.Path(folder, "run", "metrics.jsonl")
-        train = [sys.executable, "-m", "mlrl", "train", arguments.experiment, "--run_dir", str(metrics.parent)]
-        seen = watch([*train, *overrides], metrics)
-        result = {"command": ["train", arguments.experiment, *overrides], **verdict(seen, steps_of(metrics))}
-    (HERE / "soak.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
-    return int(result["growth_share"] > MOST_GROWTH or bool(result["compilations_after"]))
+def complaints(found: dict[str, Any]) -> list[str]:
+    """What of a verdict is not flat."""
+    said, (early, late) = [], found["descriptors"]
+    if found["growth_share"] > MOST_GROWTH and found["growth_mib"] > SPARE_MIB:
+        said.append(f"memory grew by {found['growth_mib']:.1f} MiB, {found['growth_share']:.1%}")
+    if 0 < early < late:
+        said.append(f"descriptors grew from {early} to {late}")
+    if found["speed_ratio"] < LEAST_SPEED:
+        said.append(f"tokens a second fell to {found['speed_ratio']:.0%}")
+    if found["compilations_after"]:
+        said.append(f"compiled after warming up, by step: {found['compilations_after']}")
+    return said
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+@contextlib.contextmanager
+def prepared(seed: int, steps: int) -> Iterator[TrialFn]:
+    """Writes the experiments."""
+    with tempfile.TemporaryDirectory(prefix="drill-soak-") as name:
+        experiments.write(pathlib.Path(name))
+
+        def trial(number: int) -> Outcome:
+            where = list(CASES)[number % len(CASES)]
+            folder, run = pathlib.Path(name, CASES[where]), f"run{number}"
+            train = [sys.executable, "-m", "mlrl", "train", "my.gin", "--run_dir", run, f"--gin.STEPS={steps}",
+                     f"--gin.SEED={seed + number}", "--gin.Recording.save_every_steps=100"]  # fmt: skip
+            metrics = folder / run / "metrics.jsonl"
+            found = verdict(watch(train, folder, metrics), steps_of(metrics))
+            came = (f"memory {found['growth_mib']:+.1f} MiB of {found['warm_mib']:.0f}; descriptors "
+                    f"{found['descriptors'][0]} and {found['descriptors'][1]}; tokens/s x {found['speed_ratio']:.2f}; "
+                    f"{len(found['compilations_after'])} late compilations")  # fmt: skip
+            return Outcome(f"{steps} steps, rewards {where}", came, "; ".join(complaints(found)))
+
+        yield trial
+
+
+SOAK = Drill(
+    "soak", "A run of many steps, with rewards in the graph and with rewards on the host. After its first fifth the "
+    f"memory of its processes grows by at most {MOST_GROWTH:.0%} (or {SPARE_MIB:g} MiB), descriptors do not grow, tokens a "
+    f"second do not fall below {LEAST_SPEED:.0%}, and nothing is compiled.", 2, 2, 7200.0, prepared, (2000, 60))  # fmt: skip

@@ -28,12 +28,13 @@ TrialFn = Callable[[int], Outcome]  # of the trial's number
 
 
 class Drill(NamedTuple):
-    """A drill: `prepared(seed, short)` is a context that gives the function of a trial's number.
+    """A drill: `prepared(seed, steps)` is a context that gives the function of a trial's number.
 
     what      what a trial does and how it must come out, in a sentence or two
     count     trials of the full form
     short     trials of the short form, which CI runs
     seconds   limit of one trial; past it, it hung
+    steps     of each run in the full and in the short form, where that can be chosen
     """
 
     name: str
@@ -41,7 +42,8 @@ class Drill(NamedTuple):
     count: int
     short: int
     seconds: float
-    prepared: Callable[[int, bool], contextlib.AbstractContextManager[TrialFn]]
+    prepared: Callable[[int, int], contextlib.AbstractContextManager[TrialFn]]
+    steps: tuple[int, int] = (0, 0)
 
 
 class Late(BaseException):
@@ -53,25 +55,26 @@ def chance(*names: Any) -> random.Random:
     return random.Random("/".join(map(str, names)))
 
 
-def run(drill: Drill, numbers: Sequence[int], seed: int, *, short: bool = False, kept: pathlib.Path | None = None,
+def run(drill: Drill, numbers: Sequence[int], seed: int, *, steps: int = 0, kept: pathlib.Path | None = None,
         say: Callable[[str], None] = lambda _: None) -> list[dict[str, Any]]:  # fmt: skip
     """Makes the trials of these numbers and returns a record of each; those in the file `kept` are not made again.
 
-    Trials that were made with other code or another seed are made anew. A failure is said at once, with the command
-    that repeats it.
+    Trials that were made with other code, another seed or other steps are made anew. A failure is said at once, with the
+    command that repeats it.
     """
-    code = sources()
-    known = {} if kept is None else {r["number"]: r for r in _lines(kept) if (r["code"], r["seed"]) == (code, seed)}
+    same = {"seed": seed, "code": sources(), "steps": steps}
+    known = {record["number"]: record for record in _lines(kept) if same.items() <= record.items()}
     missing = [number for number in numbers if number not in known]
     if missing:
-        with drill.prepared(seed, short) as trial:
+        with drill.prepared(seed, steps) as trial:
             for number in missing:
                 begun = time.perf_counter()
                 outcome = judged(trial, number, drill.seconds)
                 seconds = round(time.perf_counter() - begun, 3)
-                known[number] = {"number": number, "seed": seed, "code": code, "seconds": seconds, **outcome._asdict()}
+                known[number] = {"number": number, **same, "seconds": seconds, **outcome._asdict()}
                 if outcome.wrong:
-                    say(f"{drill.name} {number}: {outcome.kind}: {outcome.wrong}\n  again: {again(drill, number, seed)}")
+                    say(f"{drill.name} {number}: {outcome.kind}: {outcome.wrong}")
+                    say(f"  again: {again(drill, number, seed)}")
                 if kept is not None:
                     kept.parent.mkdir(exist_ok=True)
                     with kept.open("a") as file:
@@ -120,8 +123,8 @@ def sources() -> str:
     return digest.hexdigest()[:10]
 
 
-def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
+def _lines(path: pathlib.Path | None) -> list[dict[str, Any]]:
     """The whole lines of a file; the last may be cut."""
-    if not path.is_file():
+    if path is None or not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

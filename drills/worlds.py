@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -141,3 +142,15 @@ def traced(log: pathlib.Path) -> str:
         if words in said:
             return f"it said {words!r}: {said[-600:]}"
     return ""
+
+
+def trainer(folder: pathlib.Path) -> Any:
+    """train(name): trains the folder's my.gin in this process, into the run folder `name`."""
+    def train(name: str) -> None:
+        said = io.StringIO()
+        with inside(folder), contextlib.redirect_stderr(said):
+            status = main.main(["train", "my.gin", "--run_dir", name])
+        if status:
+            raise RuntimeError(f"exit status {status}: {said.getvalue()[-600:]}")
+
+    return train
