@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pathlib
 import pickle
@@ -69,24 +70,24 @@ class _Process:
             deadline = time.monotonic() + startup_seconds
             self._send(settings, deadline)
             self._send(payload, deadline)
-            state, detail = pickle.loads(self._receive(deadline))
+            _, reason, detail = _answer(self._receive(deadline))
         except TimeoutError:
             self.kill()
             raise Refused(f"it was not loaded within startup_seconds={startup_seconds:g}") from None
-        except (EOFError, OSError):
+        except (EOFError, OSError, ValueError):
             raise Refused(f"its worker ended while loading it ({self.kill()})") from None
         except BaseException:
             self.kill()
             raise
-        if state != "ready":
+        if reason != "ready":
             self.kill()
             raise Refused(f"{detail} (it must be importable, or picklable by cloudpickle)")
 
     def ask(self, request: bytes, timeout_seconds: float) -> Answer:
-        """The answer to one request; after a TimeoutError, EOFError or OSError the process must be killed."""
+        """The answer to a request; after a TimeoutError, EOFError, OSError or ValueError the process must be killed."""
         deadline = time.monotonic() + timeout_seconds
         self._send(request, deadline)
-        return Answer(*pickle.loads(self._receive(deadline)))
+        return Answer(*_answer(self._receive(deadline)))
 
     def interrupt(self) -> None:
         """Kills the whole process group, so that whoever waits for an answer sees the end of it."""
@@ -94,8 +95,12 @@ class _Process:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def kill(self) -> str:
-        """Kills the whole process group, closes both pipes, and says in words how the process ended."""
+        """Kills the process and all below it, closes both pipes, and says in words how the process ended."""
+        left = _below(self.process.pid)
         self.interrupt()  # before wait(): until the leader is reaped, the group's id is still ours
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
         self.process.stdin.close()
         self.process.stdout.close()
         code = self.process.wait()
@@ -121,6 +126,30 @@ class _Process:
                     raise EOFError
                 data += piece
         return data
+
+
+def _answer(data: bytes) -> tuple[dict[str, float], str, str]:
+    """What a worker answered; ValueError if it is no answer, as when a function wrote into the channel."""
+    try:
+        entries, reason, detail = json.loads(data)
+        numbers = all(isinstance(entry, float) for entry in entries.values())
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError("what its worker wrote is no answer") from error
+    if not (numbers and isinstance(reason, str) and isinstance(detail, str) and (reason or "reward" in entries)):
+        raise ValueError("what its worker wrote is no answer")
+    return entries, reason, detail
+
+
+def _below(pid: int) -> list[int]:
+    """The processes that a worker's functions started, also those that left its group; Linux only."""
+    parents: dict[int, int] = {}
+    for name in filter(str.isdecimal, os.listdir("/proc") if os.path.isdir("/proc/self") else ()):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            parents[int(name)] = int(pathlib.Path("/proc", name, "stat").read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for one in found:  # grows as it is read
+        found += [child for child, parent in parents.items() if parent == one]
+    return found[1:]
 
 
 def _wait(descriptor: int, event: int, deadline: float) -> None:
@@ -243,5 +272,8 @@ class WorkerPool:
             process.kill()
         except (EOFError, OSError):
             answer = Answer({}, "died", f"its worker ended: {process.kill()}")
+        except ValueError as error:
+            answer = Answer({}, "died", str(error))
+            process.kill()
         self._slots[slot] = None
         return answer
