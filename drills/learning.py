@@ -95,5 +95,6 @@ def shown(lines: list[dict[str, float]], reason: str) -> float:
 
 LEARNING = Drill(
     "learning", "One-digit sums from random weights, rewarded on the host; of the rewards 1% raise, 1% hang and 1% are "
-    f"NaN. The mean reward rises by at least {LEAST_GAIN}, and the log says for each of the three how many rows had none.",
+    f"NaN. The mean reward rises by at least {LEAST_GAIN}, and the log says for each of the three how many rows had "
+    "none.",
     3, 1, 3600.0, prepared, (150, 30))  # fmt: skip

@@ -59,8 +59,8 @@ def run(drill: Drill, numbers: Sequence[int], seed: int, *, steps: int = 0, kept
         say: Callable[[str], None] = lambda _: None) -> list[dict[str, Any]]:  # fmt: skip
     """Makes the trials of these numbers and returns a record of each; those in the file `kept` are not made again.
 
-    Trials that were made with other code, another seed or other steps are made anew. A failure is said at once, with the
-    command that repeats it.
+    Trials that were made with other code, another seed or other steps are made anew. A failure is said at once, with
+    the command that repeats it.
     """
     same = {"seed": seed, "code": sources(), "steps": steps}
     known = {record["number"]: record for record in _lines(kept) if same.items() <= record.items()}
@@ -76,9 +76,7 @@ def run(drill: Drill, numbers: Sequence[int], seed: int, *, steps: int = 0, kept
                     say(f"{drill.name} {number}: {outcome.kind}: {outcome.wrong}")
                     say(f"  again: {again(drill, number, seed)}")
                 if kept is not None:
-                    kept.parent.mkdir(exist_ok=True)
-                    with kept.open("a") as file:
-                        file.write(json.dumps(known[number]) + "\n")
+                    _add_line(kept, json.dumps(known[number]))
     return [known[number] for number in numbers]
 
 
@@ -121,6 +119,14 @@ def sources() -> str:
         for path in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".gin")):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:10]
+
+
+def _add_line(path: pathlib.Path, line: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    text = path.read_text() if path.is_file() else ""
+    with path.open("a") as file:
+        file.truncate(text.rfind("\n") + 1)  # what a cut left of a line
+        file.write(f"{line}\n")
 
 
 def _lines(path: pathlib.Path | None) -> list[dict[str, Any]]:
