@@ -34,6 +34,7 @@ class Many:
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
+        self.started: list[subprocess.Popen] = []
         worlds.write(folder)
         self.read = worlds.reader(folder)
 
@@ -43,15 +44,18 @@ class Many:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
-        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices // count}"
-        given = {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join([str(REPO), str(self.folder)])}
+        flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
+        flags.append(f"--xla_force_host_platform_device_count={devices // count}")
+        given = {"XLA_FLAGS": " ".join(flags), "PYTHONPATH": os.pathsep.join([str(REPO), str(self.folder)])}
         if count > 1:
             given |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
         mesh = [f"--gin.mesh.devices={devices}"] if devices > 1 else []
         command = [*before, sys.executable, *body, "train", "my.gin", "--run_dir", run, *mesh]
-        return [subprocess.Popen(command, cwd=self.folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        many = [subprocess.Popen(command, cwd=self.folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                  env=os.environ | given | ({"JAX_PROCESS_ID": str(i)} if count > 1 else {}))
                 for i in range(count)]  # fmt: skip
+        self.started += many
+        return many
 
     def wait_for_step(self, run: str, step: int, many: list[subprocess.Popen]) -> None:
         log = self.folder / run / "metrics.jsonl"
@@ -61,6 +65,13 @@ class Many:
     def ended(self, many: list[subprocess.Popen]) -> tuple[list[int], list[str]]:
         said = [one.communicate()[0] for one in many]
         return [one.returncode for one in many], said
+
+    def end_all(self) -> None:
+        """Ends what still runs, of a trial that is past its limit."""
+        for one in self.started:
+            one.kill()
+            one.wait()
+        self.started.clear()
 
     def whole(self, run: str, **how: Any) -> str:
         """Lets a run go on to its end; what was wrong."""
@@ -163,7 +174,10 @@ def prepared(seed: int, steps: int) -> Iterator[TrialFn]:
             name, run = names[number % len(names)], f"run{number}"
             devices = 4 if "four" in name else 1
             wanted = as_undisturbed(devices)
-            wrong = CASES[name](many, run, chance("ends", seed, number)) or many.whole(run, devices=devices)
+            try:
+                wrong = CASES[name](many, run, chance("ends", seed, number)) or many.whole(run, devices=devices)
+            finally:
+                many.end_all()
             compare = close if devices > 1 else worlds.difference  # other sums of gradients: up to rounding
             wrong = wrong or compare(many.read(many.folder / run), wanted)
             return Outcome(name, "wrong" if wrong else "nothing lost", wrong)

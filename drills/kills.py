@@ -40,7 +40,10 @@ def prepared(seed: int, steps: int) -> Iterator[TrialFn]:
             if alive:
                 return Outcome(kind, "left processes", f"still alive after the kill: {alive}")
             process = start(folder, run)
-            process.join()
+            try:
+                process.join()
+            finally:
+                process.kill()
             if process.exitcode:
                 return Outcome(kind, "not resumed", f"exit status {process.exitcode}: {log.read_text()[-600:]}")
             wrong = worlds.difference(read(folder / run), undisturbed) or worlds.traced(log)

@@ -61,16 +61,13 @@ _PRELOADED = ("gin", "mlrl.main", "mlrl.loops.online", "mlrl.curricula", "mlrl.t
 @contextlib.contextmanager
 def inside(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
     """Works in a folder whose modules can be imported, as the command line does."""
-    folder, path, modules = pathlib.Path(folder), list(sys.path), set(sys.modules)
+    folder, path = pathlib.Path(folder), list(sys.path)
     with contextlib.chdir(folder):
         sys.path.insert(0, str(folder))
         try:
             yield folder
         finally:
             sys.path[:] = path
-            for name in set(sys.modules) - modules:  # the next folder has modules of the same names
-                if str(folder) in str(getattr(sys.modules[name], "__file__", "")):
-                    del sys.modules[name]
 
 
 def write(folder: pathlib.Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import errno
 import inspect
 import logging
 import os
@@ -114,7 +115,7 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
 
     def claim() -> None:
         folders.claim_run_folder(folder, config, may_differ=("num_steps", "num_rounds"))
-        pathlib.Path(folder, "operative_config.gin").write_text(_operative_config())
+        folders.write_atomically(pathlib.Path(folder, "operative_config.gin"), _operative_config())
 
     processes.by_first(claim)
     with runs.Run(folder, experiment.recording, profile=profile) as run:
@@ -152,7 +153,7 @@ def _train_together(arguments: argparse.Namespace, overrides: dict[str, str], fo
     folders_.require_no_run(folder)
     for path, config, operative in claims:
         folders_.claim_run_folder(path, config, may_differ=("num_steps",))
-        path.joinpath("operative_config.gin").write_text(operative)
+        folders_.write_atomically(path / "operative_config.gin", operative)
     seeds.train(variants)
     if arguments.report:
         from mlrl import report
@@ -318,6 +319,9 @@ def _one_line(error: Exception) -> str:
         return called_back[1]
     if isinstance(error, Refused) or type(error).__name__ in ("Stopped", "Preempted", "UnknownConfigurable"):
         return text
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS):
+        where = error.filename or "in the run's folder"
+        return f"cannot write {where} ({error.strerror}): make room or mend the folder, and run the same command again"
     return f"{type(error).__name__}: {text or 'no message'} (--debug shows the trace)"
 
 

@@ -1,5 +1,6 @@
 """The command line: mistakes end in one line that says what to change, before anything is compiled."""
 
+import errno
 import os
 import pathlib
 import subprocess
@@ -243,6 +244,12 @@ def test_help_comes_at_once_and_loads_nothing():
         took.append(time.perf_counter() - start)
         assert done.returncode == 0 and "train" in done.stdout
     assert min(took) < 2.0, took
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS])
+def test_a_disk_that_takes_no_more_is_said_without_a_trace(number):
+    line = main._one_line(OSError(number, os.strerror(number), "run/tensorboard"))
+    assert line.startswith(f"cannot write run/tensorboard ({os.strerror(number)}): make room") and "--debug" not in line
 
 
 def test_a_refusal_inside_of_a_compiled_program_is_shown_as_one():
