@@ -32,8 +32,7 @@ def write(folder: pathlib.Path) -> list[pathlib.Path]:
         (one / "tokenizer_config.json").write_text(json.dumps(settings))
         (one / "generation_config.json").write_text(json.dumps({"eos_token_id": [1]}))
         (one / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|end|>"}}))
-    (folder / "corpus.txt").write_text("\n".join(_CORPUS))
-    vocabularies.train_sentencepiece(_CORPUS, str(pieces / "tokenizer.model"), 300)
+    vocabularies.train_sentencepiece(_CORPUS, str(pieces / "tokenizer.model"), 290)
     return [whole, split, pieces]
 
 

@@ -238,7 +238,7 @@ def _eos_ids(path: str, tokenizer: Any, eos_tokens: Sequence[str], specials: Map
     found = [_token_id(path, tokenizer, "eos_token", name) for name in names]
     if not eos_tokens:
         found += tokenizer_files.generation_eos_ids(path)
-        strange = [i for i in found if tokenizer.id_to_token(i) is None] if min(found, default=0) >= 0 else found
+        strange = [i for i in found if not 0 <= i < 2**31 or tokenizer.id_to_token(i) is None]
         if strange:
             raise Refused(f"the files of {path} name {strange[0]} as an EOS id, which is no token of theirs")
     if not found and tokenizer.token_to_id("<|endoftext|>") is not None:  # GPT-2's files do not name it
