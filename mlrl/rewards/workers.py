@@ -24,6 +24,7 @@ import cloudpickle
 from mlrl.rewards.knobs import explicit
 from mlrl.types import Refused
 
+_LONGEST_ANSWER = 64 << 20  # bytes
 _SCRIPT = pathlib.Path(__file__).with_name("worker.py")
 REASONS = ("raised", "hung", "not_finite", "wrong_type", "died", "not_applicable")
 
@@ -114,18 +115,21 @@ class _Process:
                 view = view[os.write(self.requests, view) :]
 
     def _receive(self, deadline: float) -> bytes:
-        return self._read(int.from_bytes(self._read(8, deadline), "big"), deadline)
+        size = int.from_bytes(self._read(8, deadline), "big")
+        if size > _LONGEST_ANSWER:
+            raise ValueError("what its worker wrote is no answer")
+        return self._read(size, deadline)
 
     def _read(self, size: int, deadline: float) -> bytes:
-        data = b""
+        data = bytearray()
         while len(data) < size:
             _wait(self.answers, select.POLLIN, deadline)
             with contextlib.suppress(BlockingIOError):
-                piece = os.read(self.answers, size - len(data))
+                piece = os.read(self.answers, min(size - len(data), 1 << 20))
                 if not piece:
                     raise EOFError
                 data += piece
-        return data
+        return bytes(data)
 
 
 def _answer(data: bytes) -> tuple[dict[str, float], str, str]:

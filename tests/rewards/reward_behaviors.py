@@ -42,10 +42,10 @@ def behave(completion, example):
         return {"style": 0.25}
     if completion == "unnamed":
         return {"a": 1.0, "b": 2.0}
-    if completion == "forge":  # an answer of which the parent can make nothing
+    if completion in ("forge", "fill"):  # an answer of which the parent can make nothing, or an endless one
         for descriptor in range(3, 20):
             try:
-                os.write(descriptor, (4).to_bytes(8, "big") + b"junk")
+                os.write(descriptor, (4).to_bytes(8, "big") + b"junk" if completion == "forge" else b"\xff" * 64)
             except OSError:
                 pass
     if completion == "pickle":  # one that a reader of pickles would run

@@ -56,6 +56,7 @@ def test_parts(pool):
         ("die", "died", "exit code 3"),
         ("signal", "died", "killed by signal 11"),
         ("forge", "died", "what its worker wrote is no answer"),
+        ("fill", "died", "what its worker wrote is no answer"),
         ("hang", "hung", "it ran past timeout_seconds=0.5"),
         ("sleep", "hung", "it ran past timeout_seconds=0.5"),
     ],
