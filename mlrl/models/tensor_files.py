@@ -100,7 +100,21 @@ def _headed(path: pathlib.Path) -> dict[str, Stored]:
             raise Refused(f"the tensor {name} in {path} is truncated: it ends at byte {8 + length + end}, the file at "
                           f"{size}; copy it again")  # fmt: skip
         tensors[name] = Stored(path, dtype, shape, 8 + length + start)
+    spans = sorted((start, end, name) for name, (_, _, start, end) in entries.items())
+    _require_no_gaps(path, spans, size - 8 - length)
     return tensors
+
+
+def _require_no_gaps(path: pathlib.Path, spans: Sequence[tuple[int, int, str]], size: int) -> None:
+    """Tensors lie one behind the other and fill the file: bytes of none, or of two, are those of a damaged header."""
+    place = 0
+    for start, end, name in spans:
+        if start != place:
+            raise Refused(f"the tensor {name} in {path} begins at byte {start} of the data, and the one before it "
+                          f"ends at {place}: copy the file again")  # fmt: skip
+        place = end
+    if place != size:
+        raise Refused(f"{path} holds {size} bytes of data, but its header tells of {place}: copy it again")
 
 
 def write(folder: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype,

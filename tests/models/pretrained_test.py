@@ -216,6 +216,9 @@ def test_a_truncated_file_is_refused_by_the_tensor(llama):
         file.write_bytes(whole[:kept])
         with pytest.raises(Refused, match=words):
             pretrained.start(path=str(folder))
+    file.write_bytes(whole + b"1234")
+    with pytest.raises(Refused, match="bytes of data, but its header tells of"):
+        pretrained.start(path=str(folder))
     file.write_bytes(whole[:8] + b"?" + whole[9:])
     with pytest.raises(Refused, match="header of .* is not that"):
         pretrained.start(path=str(folder))
