@@ -51,7 +51,7 @@ def prepared(seed: int, steps: int) -> Iterator[TrialFn]:
 
         def trial(number: int) -> Outcome:
             kind, luck = KINDS[number % len(KINDS)], chance("files", seed, number)
-            mutated = folder / "mutated"
+            mutated = folder / f"mutated{number}"  # what was read is kept by its path
             shutil.copytree(luck.choice(right[kind.name]), mutated)
             try:
                 what = mutate(luck, mutated)

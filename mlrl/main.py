@@ -331,6 +331,8 @@ def _gin_words(path: str, error: Exception) -> str:
 
     if isinstance(error, SyntaxError):
         return f"{error.filename or path}:{error.lineno}: {error.msg} found {(error.text or '').strip()!r}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"{path}: a gin file is text in UTF-8, but byte {error.start} of it is none: save it as UTF-8"
     text = str(error)
     place = re.search(r'In file "(.+?)", line (\d+)|In bindings string line \d+\n\s*(.+)', text)
     where = f"{path}: "
@@ -387,6 +389,8 @@ _GIN_SAYS = (
     (r"(\S+) set to `%gin.REQUIRED`", "{0} needs a value: bind it, or give --gin.{0}=VALUE", _nothing),
     (r"(?s)for arguments: \[(.+?)\].*In call to configurable '(\w+)'", "{1} needs {0}: bind them, or "
      "write @{1} without () to name the function", _nothing),
+    (r"not enough values to unpack \(expected at least 2", "a name behind @ needs a module and what is in it, as "
+     "@graph.arithmetic", _nothing),
     (r"Unable to open file: (.+?)\. Searched", "there is no gin file {0} in this folder or in mlrl's gin library",
      _nothing),
 )  # fmt: skip
