@@ -83,8 +83,8 @@ def _headed(path: pathlib.Path) -> dict[str, Stored]:
             raise Refused(f"{path} is no safetensors file, or its header is truncated: copy it again")
         try:
             header = json.loads(file.read(length))
-            entries = {name: (entry["dtype"], tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"]))
-                       for name, entry in header.items() if name != "__metadata__"}  # fmt: skip
+            json.dumps(header, ensure_ascii=False).encode()  # half a character is no text
+            entries = {name: _entry(entry) for name, entry in header.items() if name != "__metadata__"}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Refused(f"the header of {path} is not that of a safetensors file: copy it again") from error
     tensors = {}
@@ -103,6 +103,18 @@ def _headed(path: pathlib.Path) -> dict[str, Stored]:
     spans = sorted((start, end, name) for name, (_, _, start, end) in entries.items())
     _require_no_gaps(path, spans, size - 8 - length)
     return tensors
+
+
+def _entry(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """(dtype, shape, start, end) of a tensor in a header."""
+    start, end = map(_whole, entry["data_offsets"])
+    return str(entry["dtype"]), tuple(map(_whole, entry["shape"])), start, end
+
+
+def _whole(number: Any) -> int:
+    if type(number) is not int:
+        raise ValueError
+    return number
 
 
 def _require_no_gaps(path: pathlib.Path, spans: Sequence[tuple[int, int, str]], size: int) -> None:

@@ -224,6 +224,27 @@ def test_a_truncated_file_is_refused_by_the_tensor(llama):
         pretrained.start(path=str(folder))
 
 
+WHOLE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize("header", [
+    [], {"x": [1]}, {"x": WHOLE | {"data_offsets": [0, 8, 8]}}, {"x": WHOLE | {"dtype": ["F32"]}},
+    {"x": WHOLE | {"shape": [2.0]}}, {"x": WHOLE | {"data_offsets": ["0", "8"]}}, {"x": WHOLE | {"shape": "2"}},
+    {"x": WHOLE | {"shape": [1], "data_offsets": [4, 8]}}, {"x": WHOLE, "y": WHOLE}, {"__metadata__": {}},
+    {"__metadata__": {"a": "\ud800"}, "x": WHOLE},
+])  # fmt: skip
+def test_a_header_that_is_none_is_refused(tmp_path, header):
+    def write(header):
+        text = json.dumps(header).encode()
+        (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+
+    write({"x": WHOLE})
+    assert set(tensor_files.stored(tmp_path)) == {"x"}
+    write(header)
+    with pytest.raises(Refused, match="copy (the file|it) again|only F64"):
+        tensor_files.stored(tmp_path)
+
+
 def test_shards_that_do_not_fit_their_index_are_refused(tmp_path):
     pretrained.write(tmp_path, scattered(LLAMA), LLAMA, shard_bytes=1000)
     index = tmp_path / "model.safetensors.index.json"
