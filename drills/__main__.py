@@ -16,7 +16,6 @@ import importlib
 import json
 import os
 import pathlib
-import subprocess
 import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -61,7 +60,7 @@ def run(given: argparse.Namespace, names: list[str]) -> int:
         kept = trials.KEPT / f"{name}.jsonl" if writes else None
         say = lambda words: print(words, file=sys.stderr, flush=True)
         records = trials.run(drill, numbers, given.seed, steps=steps, kept=kept, say=say)
-        found = page.recorded(drill, records, machine(), commit())
+        found = page.recorded(drill, records, machine())
         failed += len(found["failures"])
         for kind, row in found["kinds"].items():
             came = ", ".join(f"{number} {word}" for word, number in row["came"].items())
@@ -82,13 +81,6 @@ def machine() -> str:
 
     found = measured()
     return f"{found['processor']}, {found['cores']} cores, Python {found['python']}, jax {found['jax']}"
-
-
-def commit() -> str:
-    """Of the checkout; with a + where files differ from it."""
-    said = subprocess.run(["git", "describe", "--always", "--dirty=+", "--exclude=*"], cwd=HERE, capture_output=True,
-                          text=True, check=False)  # fmt: skip
-    return said.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

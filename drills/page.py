@@ -14,7 +14,7 @@ it. Rows may come from runs of different days and of less than the full form: th
 """
 
 
-def recorded(drill: Any, records: Sequence[Mapping[str, Any]], machine: str, commit: str) -> dict[str, Any]:
+def recorded(drill: Any, records: Sequence[Mapping[str, Any]], machine: str) -> dict[str, Any]:
     """What is kept of a drill's trials, for its rows of the table."""
     kinds = {}
     for kind in sorted({record["kind"] for record in records}):
@@ -25,7 +25,7 @@ def recorded(drill: Any, records: Sequence[Mapping[str, Any]], machine: str, com
     failures = [{key: record[key] for key in ("number", "seed", "kind", "wrong")} for record in records
                 if record["wrong"]]  # fmt: skip
     return {"what": drill.what, "count": drill.count, "kinds": kinds, "failures": failures, "machine": machine,
-            "commit": commit}  # fmt: skip
+            "commit": ", ".join(dict.fromkeys(record["commit"] for record in records))}  # fmt: skip
 
 
 def markdown(results: Mapping[str, Mapping[str, Any]]) -> str:

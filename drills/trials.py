@@ -8,6 +8,7 @@ import json
 import pathlib
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -64,6 +65,7 @@ def run(drill: Drill, numbers: Sequence[int], seed: int, *, steps: int = 0, kept
     """
     same = {"seed": seed, "code": sources(), "steps": steps}
     known = {record["number"]: record for record in _lines(kept) if same.items() <= record.items()}
+    commit_now = commit()
     missing = [number for number in numbers if number not in known]
     if missing:
         with drill.prepared(seed, steps) as trial:
@@ -71,7 +73,7 @@ def run(drill: Drill, numbers: Sequence[int], seed: int, *, steps: int = 0, kept
                 begun = time.perf_counter()
                 outcome = judged(trial, number, drill.seconds)
                 seconds = round(time.perf_counter() - begun, 3)
-                known[number] = {"number": number, **same, "seconds": seconds, **outcome._asdict()}
+                known[number] = {"number": number, **same, "commit": commit_now, "seconds": seconds, **outcome._asdict()}
                 if outcome.wrong:
                     say(f"{drill.name} {number}: {outcome.kind}: {outcome.wrong}")
                     say(f"  again: {again(drill, number, seed)}")
@@ -120,6 +122,13 @@ def sources() -> str:
         for path in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".gin")):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:10]
+
+
+def commit() -> str:
+    """Of the checkout; with a + where files differ from it."""
+    said = subprocess.run(["git", "describe", "--always", "--dirty=+", "--exclude=*"], cwd=HERE, capture_output=True,
+                          text=True, check=False)  # fmt: skip
+    return said.stdout.strip() or "unknown"
 
 
 def _add_line(path: pathlib.Path, line: str) -> None:
