@@ -65,7 +65,7 @@ def run(drill: Drill, numbers: Sequence[int], seed: int, *, steps: int = 0, kept
     """
     same = {"seed": seed, "code": sources(), "steps": steps}
     known = {record["number"]: record for record in _lines(kept) if same.items() <= record.items()}
-    commit_now = commit()
+    made_with = {"commit": commit()}
     missing = [number for number in numbers if number not in known]
     if missing:
         with drill.prepared(seed, steps) as trial:
@@ -73,7 +73,7 @@ def run(drill: Drill, numbers: Sequence[int], seed: int, *, steps: int = 0, kept
                 begun = time.perf_counter()
                 outcome = judged(trial, number, drill.seconds)
                 seconds = round(time.perf_counter() - begun, 3)
-                known[number] = {"number": number, **same, "commit": commit_now, "seconds": seconds, **outcome._asdict()}
+                known[number] = {"number": number, **same, **made_with, "seconds": seconds, **outcome._asdict()}
                 if outcome.wrong:
                     say(f"{drill.name} {number}: {outcome.kind}: {outcome.wrong}")
                     say(f"  again: {again(drill, number, seed)}")
