@@ -389,7 +389,7 @@ _GIN_SAYS = (
     (r"(\S+) set to `%gin.REQUIRED`", "{0} needs a value: bind it, or give --gin.{0}=VALUE", _nothing),
     (r"(?s)for arguments: \[(.+?)\].*In call to configurable '(\w+)'", "{1} needs {0}: bind them, or "
      "write @{1} without () to name the function", _nothing),
-    (r"not enough values to unpack \(expected at least 2", "a name behind @ needs a module and what is in it, as "
+    (r"(not enough values) to unpack \(expected at least 2", "a name behind @ needs a module and what is in it, as "
      "@graph.arithmetic", _nothing),
     (r"Unable to open file: (.+?)\. Searched", "there is no gin file {0} in this folder or in mlrl's gin library",
      _nothing),
