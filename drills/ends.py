@@ -21,7 +21,6 @@ from drills import worlds
 from drills.trials import Drill, Outcome, TrialFn, chance
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
-STEPS = 24
 # A command that sees a small file system of its own at `run`, or one that cannot be written to; without root.
 _FULL = "mount -t tmpfs -o size={size}k tmpfs {run} && \"$@\"; status=$?; cp -r {run}/. {run}.kept; exit $status"
 _READ_ONLY = "mount --bind {run} {run} && mount -o remount,bind,ro {run} && exec \"$@\""
@@ -90,7 +89,7 @@ def one_line(said: str) -> str:
 def told(many: Many, run: str, luck: Any) -> str:
     """SIGTERM at a random step: saved, said, exit status 143."""
     started = many.start(run)
-    many.wait_for_step(run, luck.randrange(1, STEPS - 2), started)
+    many.wait_for_step(run, luck.randrange(1, worlds.STEPS - 2), started)
     started[0].send_signal(signal.SIGTERM)
     (status,), (said,) = many.ended(started)
     if status != 143 or "told to end after step" not in said:
@@ -120,7 +119,7 @@ def limited(many: Many, run: str, luck: Any) -> str:
 def read_only(many: Many, run: str, luck: Any) -> str:
     """The folder of a run that had begun cannot be written to."""
     started = many.start(run)
-    many.wait_for_step(run, luck.randrange(1, STEPS - 2), started)
+    many.wait_for_step(run, luck.randrange(1, worlds.STEPS - 2), started)
     started[0].kill()
     many.ended(started)
     script = _READ_ONLY.format(run=run)

@@ -14,6 +14,8 @@ import psutil
 from drills import worlds
 from drills.trials import Drill, Outcome, TrialFn, chance
 
+EARLY = 0.2  # of the kills come before the first step
+
 
 @contextlib.contextmanager
 def prepared(seed: int, steps: int) -> Iterator[TrialFn]:
@@ -33,9 +35,11 @@ def prepared(seed: int, steps: int) -> Iterator[TrialFn]:
         assert not worlds.difference(read(folder / "first"), undisturbed), "two undisturbed runs differ"
 
         def trial(number: int) -> Outcome:
-            moment = chance("kills", seed, number).uniform(0.0, whole_seconds)
-            run, log = f"run{number}", folder / f"run{number}.log"
-            alive, reached = killed(start(folder, run), moment), steps_done(folder / run)
+            luck, run, log = chance("kills", seed, number), f"run{number}", folder / f"run{number}.log"
+            after = -1 if luck.random() < EARLY else luck.randrange(worlds.STEPS)
+            wait = luck.uniform(0.0, whole_seconds / (2 if after < 0 else worlds.STEPS))
+            alive = killed(start(folder, run), folder / run, after, wait)
+            reached = steps_done(folder / run)
             kind = "before its first step" if reached < 0 else "after its first step"
             if alive:
                 return Outcome(kind, "left processes", f"still alive after the kill: {alive}")
@@ -49,15 +53,17 @@ def prepared(seed: int, steps: int) -> Iterator[TrialFn]:
             wrong = worlds.difference(read(folder / run), undisturbed) or worlds.traced(log)
             shutil.rmtree(folder / run)
             if wrong:
-                return Outcome(kind, "another state", f"killed after {moment:.2f} s, at step {reached}: {wrong}")
+                return Outcome(kind, "another state", f"killed {wait:.2f} s after step {after}: {wrong}")
             return Outcome(kind, "bitwise the same")
 
         yield trial
 
 
-def killed(process, moment: float) -> list[str]:
-    """Kills a process after so many seconds; names those of its children that live on three seconds later."""
-    process.join(moment)
+def killed(process, run: pathlib.Path, after: int, wait: float) -> list[str]:
+    """Kills a process so many seconds after a step; names those of its children that live on three seconds later."""
+    while steps_done(run) < after and process.is_alive():
+        time.sleep(0.003)
+    process.join(wait)
     children = []
     with contextlib.suppress(psutil.NoSuchProcess):
         children = psutil.Process(process.pid).children(recursive=True)
@@ -79,5 +85,6 @@ def steps_done(run: pathlib.Path) -> int:
 
 KILLS = Drill(
     "kills", "A run with host rewards, a curriculum that adapts and checkpoints every three steps is killed (`kill "
-    "-9`) at a moment drawn evenly over its time, and started again: its last state is bitwise, and its log line by "
-    "line, that of the undisturbed run, and no worker process is left.", 100, 1, 300.0, prepared)  # fmt: skip
+    "-9`) a random moment after a random step, or before its first, and started again: its last state is bitwise, and "
+    "its log line by line, that of the undisturbed run, and no worker process is left.", 100, 1, 300.0,
+    prepared)  # fmt: skip

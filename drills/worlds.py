@@ -18,6 +18,7 @@ import numpy as np
 from mlrl import main, meshes, runs
 
 TIMES = ("seconds/", "tokens_per_second", "compilations")
+STEPS = 24
 SHAPE = """
 from mlrl import meshes
 meshes.mesh.devices = 1
@@ -38,7 +39,7 @@ from mlrl.loops import online
 from mlrl.models import transformer
 from mlrl.rollouts import single_turn
 from mlrl.tasks import puzzles
-STEPS = 24
+STEPS = {STEPS}
 puzzles.arithmetic_levels.digits = (1, 2)
 online.Experiment.task = @puzzles.arithmetic_levels()
 online.Experiment.reward_fn = @drilled_reward.digits
