@@ -14,6 +14,8 @@ from drills.trials import Drill, Outcome, TrialFn, chance
 
 KINDS = ("a flipped bit", "a missing file", "a file cut short", "an empty file", "a missing folder")
 
+UNREAD = ("commit_success.txt", "ocdbt.process_0", "array_metadatas", "metrics", "_CHECKPOINT_METADATA", "_sharding")
+
 
 @contextlib.contextmanager
 def prepared(seed: int, steps: int) -> Iterator[TrialFn]:
@@ -49,9 +51,11 @@ def prepared(seed: int, steps: int) -> Iterator[TrialFn]:
 
 
 def damage(luck, kind: str, checkpoints: pathlib.Path) -> str:
-    """Damages a file of the last checkpoint, or a folder in it; says which."""
+    """Damages a file of the last checkpoint, or a folder in it, mostly of those that matter; says which."""
     last = max((path for path in checkpoints.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
-    parts = sorted(last.rglob("*"))
+    parts = sorted(last.rglob("*"), key=lambda path: (path.parent, path.stat().st_size, path))  # names are random
+    if luck.random() < 0.7:
+        parts = [path for path in parts if not set(UNREAD) & set(path.parts)] or parts
     if kind == "a missing folder":
         victim = luck.choice([path for path in parts if path.is_dir()])
         shutil.rmtree(victim)
