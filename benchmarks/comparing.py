@@ -29,13 +29,19 @@ def goal(case: str, rows: str, model: str, other: str) -> float | None:
 
 
 def fastest(start: Start, side: str, candidates: Sequence[int]) -> int:
-    """The micro-batch with which a side's warm turn is shortest; of one candidate nothing is run. Raises Lost."""
+    """The micro-batch with which a side's warm turn is shortest; of one candidate nothing is run. Raises Lost.
+
+    Of each, the best of up to three turns; no more are taken once they took two seconds.
+    """
     seconds = {}
     for rows in candidates if len(candidates) > 1 else ():
         worker = start(side, rows)
         try:
             worker.ready()
-            seconds[rows] = worker.turn()["seconds"]
+            taken = [worker.turn()["seconds"]]
+            while sum(taken) < 2 and len(taken) < 3:
+                taken.append(worker.turn()["seconds"])
+            seconds[rows] = min(taken)
         finally:
             worker.close()
     return min(seconds, key=seconds.get) if seconds else candidates[0]

@@ -1,7 +1,7 @@
 """Times mlrl beside bare JAX, TRL and tunix, in turns: `make bench`. Writes results.json and RESULTS.md.
 
     python -m benchmarks.run              everything; the environments of TRL and tunix are made first, once
-    python -m benchmarks.run --quick      beside bare JAX only, in a few minutes
+    python -m benchmarks.run --quick      the smaller model beside bare JAX, in under 5 minutes; to benchmarks/quick
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import tempfile
 from typing import NamedTuple
 
 from benchmarks import weights
-from benchmarks.comparing import BARE, OURS, fastest, in_turns, ratios, summarized
+from benchmarks.comparing import BARE, OURS, Start, fastest, in_turns, ratios, summarized
 from benchmarks.measuring import ceiling, machine
 from benchmarks.peers import environments
 from benchmarks.peers.protocol import Lost, Worker
@@ -35,13 +35,14 @@ class Case(NamedTuple):
 
 
 ALL = (BARE, "TRL", "tunix")
-NAMES = {"full": ("decode", "prefill", "scoring", "update", "step"), "tail": ("decode", "update", "step")}
-CASES = tuple(Case(name, rows, model, ALL if name in ("decode", "step") else (BARE,))
-              for rows, names in NAMES.items() for model in ("d128x2", "d256x4") for name in names)  # fmt: skip
-QUICK = tuple(case._replace(others=(BARE,)) for case in CASES if (case.rows, case.model) != ("tail", "d256x4"))
-TINY = (Case("decode", "tiny", "tiny", ALL), Case("update", "tinytail", "tiny"), Case("step", "tinytail", "tiny", ALL))
-# Rows of a micro-batch: what is tried, and the fastest is taken. Ours and bare JAX's was found once, on two cores.
-MICRO = {OURS: (16,), BARE: (16,), "TRL": (16, 32, 64), "tunix": (16, 64, 256)}
+# The step comes first: the micro-batch with which it is fastest is then that of the other cases.
+NAMES = {"full": ("step", "update", "scoring", "prefill", "decode"), "tail": ("step", "update", "decode")}
+CASES = tuple(Case(name, rows, model, ALL) for rows, names in NAMES.items() for model in ("d128x2", "d256x4")
+              for name in names)  # fmt: skip
+QUICK = tuple(case._replace(others=(BARE,)) for case in CASES if case.model == "d128x2")
+TINY = (*(Case(name, "tiny", "tiny", ALL) for name in NAMES["full"]), Case("step", "tinytail", "tiny", ALL))
+# Rows of a micro-batch: what is tried, and the fastest is taken; the first where nothing is tried.
+MICRO = {OURS: (16, 8, 32), BARE: (16, 8, 32), "TRL": (16, 32, 64), "tunix": (16, 64, 256)}
 
 
 def command(side: str) -> list[str]:
@@ -60,18 +61,28 @@ def start(case: Case, folder: pathlib.Path, side: str, micro_batch_rows: int) ->
     return Worker(command(side) + arguments, folder=HERE.parent)
 
 
-def measured(case: Case, folder: pathlib.Path, repeats: int, ceiling_flops: float, missing: dict[str, str]) -> dict:
-    """One comparison; sides that are lost are added to `missing`."""
-    starts, micro = functools.partial(start, case, folder), {}
-    count, group = ROWS[case.rows].count, ROWS[case.rows].group
+def micro_batches(case: Case, starts: Start, chosen: dict[tuple, int], search: bool, missing: dict[str, str]) -> dict:
+    """The rows of a micro-batch of each side; those of a step are searched for, if asked, and put into `chosen`."""
+    count, group, micro = ROWS[case.rows].count, ROWS[case.rows].group, {}
     for side in (OURS, *case.others):
         if side in missing:
             continue
         fitting = [rows for rows in MICRO[side] if rows <= count and rows % group == 0] or [count]
+        known = chosen.get((side, case.rows, case.model), fitting[0])
         try:
-            micro[side] = fastest(starts, side, fitting if case.name == "step" else fitting[:1])
+            micro[side] = fastest(starts, side, fitting) if search and case.name == "step" else known
         except Lost as lost:
             missing[f"{side}, {case.name}, {case.rows}, {case.model}"] = str(lost)
+        else:
+            chosen[side, case.rows, case.model] = micro[side]
+    return micro
+
+
+def measured(case: Case, folder: pathlib.Path, repeats: int, ceiling_flops: float, missing: dict[str, str],
+             chosen: dict[tuple, int], search: bool) -> dict:  # fmt: skip
+    """One comparison; sides that are lost are added to `missing`."""
+    starts = functools.partial(start, case, folder)
+    micro = micro_batches(case, starts, chosen, search, missing)
     found, lost = in_turns(starts, micro, repeats)
     missing |= {f"{side}, {case.name}, {case.rows}, {case.model}": why for side, why in lost.items()}
     sides = summarized(found, micro)
@@ -86,10 +97,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="beside bare JAX only")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes: whether everything runs")
     parser.add_argument("--repeats", type=int, default=0, help="rounds of each comparison; 5, or 3 with --quick")
-    parser.add_argument("--out", type=pathlib.Path, default=HERE, help="where results.json and RESULTS.md go")
+    parser.add_argument("--out", type=pathlib.Path, help="where results.json and RESULTS.md go")
+    parser.add_argument("--only", nargs="+", help="of the comparisons, these, as step,tail,d128x2")
     given = parser.parse_args()
+    out = given.out or (HERE / "quick" if given.quick else HERE)
     cases = QUICK if given.quick else TINY if given.tiny else CASES
-    missing = {}
+    cases = [case for case in cases if not given.only or ",".join(case[:3]) in given.only]
+    missing, chosen = {}, {}
     for peer in {other for case in cases for other in case.others} & set(environments.PEERS):
         problem = environments.make(peer)
         if problem:
@@ -99,13 +113,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for case in cases:
             repeats = given.repeats or (3 if given.quick else 5)
-            one = measured(case, pathlib.Path(folder), repeats, results["ceiling_flops"], missing)
+            one = measured(case, pathlib.Path(folder), repeats, results["ceiling_flops"], missing, chosen,
+                           search=not given.quick)  # fmt: skip
             results["cases"].append(one)
             said = ", ".join(f"{ratio['ratio']:.2f} of {other}" for other, ratio in one["ratios"].items())
             print(f"{case.name}, {case.rows}, {case.model}: {said}", flush=True)
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (given.out / "RESULTS.md").write_text(as_markdown(results))
+            out.mkdir(parents=True, exist_ok=True)  # written after each, so that what was measured is kept
+            (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+            (out / "RESULTS.md").write_text(as_markdown(results))
     print(as_markdown(results))
 
 

@@ -19,7 +19,9 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         "", "Every side is a process of its own; they take turns, one works at a time. Seconds are medians of "
         f"{' or '.join(map(str, repeats))} turns.",
         "The ratio is of mlrl's seconds to the other's in one round: its median and quartiles. Peak memory is that of",
-        "the whole process in its turns, libraries included. (r: of which rollout, where the other says so.)", "",
+        "the whole process in its turns, libraries included. (r: of which rollout, where the other says so.) A peer's",
+        "update is its step less its rollout; tunix's prefill is its sampler's call for one token. Micro-batches have",
+        "as many rows as made a side's step the fastest of those tried (`run.MICRO`); results.json says how many.", "",
         f"{m['device']}, {m['processor']}, {m['cores']} cores, load {m['load_before']:.1f} before; Python "
         f"{m['python']}, jax {m['jax']}, flax {m['flax']}{_versions(results)}. fp32 products reach at most "
         f"{results['ceiling_flops'] / 1e9:.0f} GFLOP/s ([2048,2048] by itself).", "",
