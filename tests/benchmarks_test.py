@@ -98,7 +98,8 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def decoding(folders):
     """mlrl's turns of decode, by the name of the rows."""
-    return {rows: cases.mlrl("decode", shapes.MODELS["tiny"], shapes.ROWS[rows], folders[rows], 4) for rows in folders}
+    model = shapes.MODELS["tiny"]
+    return {rows: cases.mlrl("decode", model, shapes.ROWS[rows], folders[rows], SETTINGS) for rows in folders}
 
 
 def lengths_of(turn):
@@ -114,26 +115,27 @@ def test_weights_say_how_rows_end(decoding):
 
 
 def test_bare_rows_end_as_mlrl_s_do(folders, decoding):
-    turn = cases.baseline("step", shapes.MODELS["tiny"], shapes.ROWS["tinytail"], folders["tinytail"], 4)
+    turn = cases.baseline("step", shapes.MODELS["tiny"], shapes.ROWS["tinytail"], folders["tinytail"], SETTINGS)
     found = np.concatenate([turn(number)[2] for number in range(40)])
     assert found.mean() == pytest.approx(lengths_of(decoding["tinytail"]).mean(), rel=0.15)
     assert found.min() == 1 and found.max() == 6
 
 
+SETTINGS = shapes.Settings(4)
 CASES = [("prefill", "tiny"), ("scoring", "tiny"), ("update", "tinytail"), ("step", "tiny")]  # decode: see `decoding`
 
 
 @pytest.mark.parametrize("case,rows", CASES)
 def test_every_case_runs_on_both_sides(case, rows, folders):
     for side in cases.SIDES.values():
-        turn = side(case, shapes.MODELS["tiny"], shapes.ROWS[rows], folders[rows], 4)
+        turn = side(case, shapes.MODELS["tiny"], shapes.ROWS[rows], folders[rows], SETTINGS)
         for number in range(2):
             assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(turn(number)) if x.dtype == float)
 
 
 def test_early_ends_are_refilled_and_cut_to_buckets(folders, decoding, monkeypatch):
     """As the heavy tail's, whose rows are more than the slots; and the rows are those of a plain sampler."""
-    given = (shapes.MODELS["tiny"], shapes.ROWS["tinytail"], folders["tinytail"], 4)
+    given = (shapes.MODELS["tiny"], shapes.ROWS["tinytail"], folders["tinytail"], SETTINGS)
     plain = decoding["tinytail"](0)
     monkeypatch.setattr(cases, "SLOTS", 4)
     monkeypatch.setattr(cases, "BUCKETS", (2, 4))
@@ -216,7 +218,7 @@ def test_the_fastest_micro_batch_is_taken():
 def summary(**seconds):
     turn = lambda s: {"seconds": s, "cpu_seconds": s, "peak_mib": 100.0 * s}
     found = {side.replace("_", " "): {"about": {}, "turns": list(map(turn, times))} for side, times in seconds.items()}
-    return comparing.summarized(found, dict.fromkeys(found, 16))
+    return comparing.summarized(found, dict.fromkeys(found, shapes.Settings(16)))
 
 
 def test_a_comparison_is_judged_by_the_median_of_paired_ratios():

@@ -3,7 +3,7 @@
 Decode is `generate` of transformers; prefill and scoring are forward passes as the trainer makes them; update is a
 whole step less its rollout, which is generation, rewards and advantages.
 
-    python trl_side.py CASE MODEL ROWS FOLDER MICRO_BATCH_ROWS
+    python trl_side.py CASE MODEL ROWS FOLDER MICRO_BATCH_ROWS DEVICES
 """
 
 import os
@@ -143,7 +143,7 @@ def decoding(turns, model, rows, folder):
     turns.serve(turn, **VERSIONS)
 
 
-def main(case, model, rows, folder, micro_batch_rows):
+def main(case, model, rows, folder, micro_batch_rows, devices):
     turns = protocol.Turns()
     given = (turns, shapes.MODELS[model], shapes.ROWS[rows], pathlib.Path(folder))
     if case in ("step", "update"):

@@ -3,7 +3,7 @@
 Decode is its vanilla sampler, and prefill the same for one new token; scoring is what its learner calls for log-probs;
 update is a whole step less its rollout.
 
-    python tunix_side.py CASE MODEL ROWS FOLDER MICRO_BATCH_ROWS
+    python tunix_side.py CASE MODEL ROWS FOLDER MICRO_BATCH_ROWS DEVICES
 """
 
 import os
@@ -157,9 +157,9 @@ def decoding(turns, model, rows, folder, mesh, new_tokens):
     turns.serve(turn, **VERSIONS)
 
 
-def main(case, model, rows, folder, micro_batch_rows):
+def main(case, model, rows, folder, micro_batch_rows, devices):
     turns = protocol.Turns()
-    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[: int(devices)]).reshape(-1, 1), ("fsdp", "tp"))
     given = (turns, shapes.MODELS[model], shapes.ROWS[rows], folder)
     with mesh:
         if case in ("step", "update"):
