@@ -38,7 +38,10 @@ def turns(batch: Batch) -> Array:
 
 
 def fixed_chunks(batch: Batch, *, tokens: int = 5) -> Array:
-    """Chunks of so many actions, counted from the start of each run of actions; the last of a run may be shorter."""
+    """Chunks of so many actions, counted from the start of each run of actions; the last of a run may be shorter.
+
+    Raises: Refused, unless tokens is a whole number of at least 1.
+    """
     require_whole("fixed_chunks", "tokens", tokens, 1)
     index = along.count_before(batch.mask)
     first = jax.lax.cummax(jnp.where(_interrupted(batch), index, 0), axis=1)
@@ -75,6 +78,8 @@ def after_tokens(batch: Batch, *, ids: Sequence[int]) -> Array:
     Args:
         batch: reads rollout.tokens.
         ids: of the tokens, such as `spelled`(vocabulary, text=" ,;") gives.
+
+    Raises: Refused, without any.
     """
     if not len(ids):
         raise Refused("after_tokens.ids is empty: name the tokens that end a chunk, or choose whole_sequence")
