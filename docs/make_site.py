@@ -29,13 +29,14 @@ REFERENCE = {
     "losses": ("Losses", "losses"),
     "arithmetic": ("Divergences, reductions, selections and metrics", "divergences importance controllers reductions "
                    "selection metrics monitoring correction batches"),
-    "tasks": ("Tasks, prompts and curricula", "tasks vocabularies tokenizer_files prompts stored transcripts curricula"),
+    "tasks": ("Tasks, prompts and curricula",
+              "tasks vocabularies tokenizer_files prompts stored transcripts curricula"),
     "models": ("Models and scoring", "models scoring packing"),
     "rollouts": ("Rollouts and environments", "sampling generation refilled rollouts environments"),
     "rewards": ("Rewards", "rewards"),
     "learning": ("Updates, meshes and costs", "updates optimizers axes meshes costs"),
-    "io": ("Run folders and evaluation", "folders runs checkpoints writers profiling chunks evaluation evaluation_attempts "
-           "evaluation_games evaluation_judges evaluation_stored report export"),
+    "io": ("Run folders and evaluation", "folders runs checkpoints writers profiling chunks report export evaluation "
+           "evaluation_attempts evaluation_games evaluation_judges evaluation_stored"),
     "loops": ("Loops", "loops"),
     "sandbox": ("Sandbox and processes", "sandbox processes"),
     "pods": ("Pods and the command line", "pods main"),

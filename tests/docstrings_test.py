@@ -47,8 +47,8 @@ def silent_errors(name, tree):
         inner = [part for part in ast.walk(node) if isinstance(part, ast.FunctionDef) and part is not node]
         later = {id(part) for function in inner for part in ast.walk(function)}
         calls = [part for part in ast.walk(node) if isinstance(part, ast.Call) and id(part) not in later]
-        refuses = any(isinstance(call.func, ast.Name) and call.func.id in ("Refused", "require_whole") for call in calls)
-        if refuses and not re.search(r"[Rr]efuse", ast.get_docstring(node) or ""):
+        called = {call.func.id for call in calls if isinstance(call.func, ast.Name)}
+        if called & {"Refused", "require_whole"} and not re.search(r"[Rr]efuse", ast.get_docstring(node) or ""):
             yield f"{name}: {node.name}"
 
 
