@@ -12,6 +12,7 @@ In models:
 Elsewhere, as their docstrings say:
     K  attempts, pairs, likeliest tokens   W  columns of what is no row (words, moves, symbols)
     A  tokens of an answer or a move       O  tokens of what is observed
+    E  games that are played at once
 
 A row is one episode: the tokens in the order the model saw them. Prompts are padded on the left,
 so that the completions of a step share their columns; `valid` marks what is not padding. Masks come

@@ -145,11 +145,11 @@ def test_names_and_messages_that_are_quoted_are_those_of_the_code():
                       if path.suffix in (".py", ".gin"))  # fmt: skip
     missing = []
     for page in ("docs/debugging.md", "docs/reading.md"):
-        quoted = re.findall(r"`([^`]+)`", BLOCK.sub("", TEXTS[page]))
+        quoted = [" ".join(found.split()) for found in re.findall(r"`([^`]+)`", BLOCK.sub("", TEXTS[page]))]
         names = [name for name in quoted if re.fullmatch(r"[a-zA-Z_.]+", name)]
         missing += [name for name in names if not re.search(rf"\b{re.escape(name.split('.')[-1])}\b", words)]
         phrases = [part.strip() for text in quoted if text.count(" ") > 3 and "=" not in text.split()[1:2]
-                   for part in re.split(r"\.\.\.|'|[\d.]+%?", text)]  # fmt: skip
+                   for part in re.split(r"\.\.\.|['(]|[\d.]+%?", text)]  # fmt: skip
         phrases = [part for part in phrases if part.count(" ") >= 2]
         missing += [part for part in phrases if not any(part in string for string in STRINGS)]
     assert missing == []

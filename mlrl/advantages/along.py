@@ -29,6 +29,10 @@ def last_value(batch: Batch) -> Array:
 def reinforce(batch: Batch, *, discount: float = 1.0) -> Pair:
     """Reward-to-go, without any baseline: `returns.reward_to_go`.
 
+    Args:
+        batch: reads rewards, mask.
+        discount: per action.
+
     Reference: Williams 1992, "Simple Statistical Gradient-Following Algorithms" (REINFORCE).
     """
     to_go = along.reward_to_go(reward_tokens(batch), batch.mask, discount=discount)
@@ -37,6 +41,10 @@ def reinforce(batch: Batch, *, discount: float = 1.0) -> Pair:
 
 def reinforce_pp(batch: Batch, *, discount: float = 1.0) -> Pair:
     """REINFORCE++: reward-to-go, whitened over the tokens of the batch.
+
+    Args:
+        batch: reads rewards, mask.
+        discount: per action.
 
     Reference: Hu 2025, "REINFORCE++". Its KL goes into the reward: `kl_in_reward`.
     """
