@@ -4,8 +4,8 @@ Pages are written for the forge: links are relative, and go to files of the chec
 README.md becomes its first page; every Markdown file that is linked from a page, and so on from that, becomes a page;
 every other linked file is shown as it is. So all links work on both, and `mkdocs build --strict` checks them.
 
-The reference is made from signatures and docstrings, without importing the package. Docstrings are shown as they are
-written, line by line: they hold equations and tables of shapes in plain text.
+The reference is made from signatures and docstrings, without importing the package. After its first sentences a docstring
+is shown as it is written, line by line: it holds equations and tables of shapes in plain text.
 """
 
 from __future__ import annotations
@@ -63,13 +63,10 @@ def of_module(path: pathlib.Path) -> Iterator[str]:
     """A heading, what the module says of itself, and its public functions and classes."""
     tree = ast.parse(path.read_text())
     dotted = ".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__")
-    said = ast.get_docstring(tree)
-    if not said and not any(map(is_public, tree.body)):
-        return
     source = path.relative_to(REPO).as_posix()
     yield f"## {dotted} {{#{dotted}}}\n"
-    yield as_written(said or "")
-    yield f"[{source}](../../{source})\n"
+    yield as_written(ast.get_docstring(tree))
+    yield f"[`{source}`](../../{source})\n"
     for node in filter(is_public, tree.body):
         yield f"### {node.name} {{#{dotted}.{node.name}}}\n"
         yield from of_definition(node)
@@ -87,7 +84,8 @@ def is_public(node: ast.AST) -> bool:
 def of_definition(node: ast.FunctionDef | ast.ClassDef) -> Iterator[str]:
     """Signature, or name and bases, and docstring."""
     yield f"```python\n{signature(node)}\n```\n"
-    yield as_written(ast.get_docstring(node) or "")
+    if said := ast.get_docstring(node):
+        yield as_written(said)
 
 
 def signature(node: ast.FunctionDef | ast.ClassDef) -> str:
@@ -113,8 +111,10 @@ def split_arguments(text: str) -> list[str]:
 
 
 def as_written(docstring: str) -> str:
-    """Plain text as a block of HTML that keeps its lines."""
-    return f'<pre class="docstring">{html.escape(docstring)}</pre>\n' if docstring else ""
+    """The first sentences as a paragraph, and the rest as plain text that keeps its lines, both in HTML."""
+    first, _, rest = html.escape(docstring, quote=False).partition("\n\n")
+    first = re.sub(r"`([^`]+)`", r"<code>\1</code>", first)
+    return f"<p>{first}</p>\n" + (f'<pre class="docstring">{rest}</pre>\n' if rest else "")
 
 
 # Pages from the rest of the checkout.
@@ -160,7 +160,7 @@ def linked(first: list[str]) -> set[str]:
 
 def shown(file: pathlib.Path) -> str:
     """A file of code as a page."""
-    return f"# {file.relative_to(REPO).as_posix()}\n\n````\n{file.read_text()}\n````\n"
+    return f"# `{file.relative_to(REPO).as_posix()}`\n\n````\n{file.read_text()}\n````\n"
 
 
 # The hooks.

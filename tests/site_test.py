@@ -33,7 +33,8 @@ def test_a_docstring_is_shown_as_it_is_written(make_site):
     assert "### ppo_clip {#mlrl.losses.policy.ppo_clip}" in page
     assert "clip_high: how far above 1 it may rise; 0.28 in DAPO." in page
     assert "(clip(V, V_old +- value_clip) - return)^2))" in page and "<pre" in page
-    assert "x &lt; y [B,L]" in make_site.as_written("x < y [B,L]")
+    text = make_site.as_written("Takes `x`.\n\n    x < y   [B,L]")
+    assert text == '<p>Takes <code>x</code>.</p>\n<pre class="docstring">    x &lt; y   [B,L]</pre>\n'
     assert make_site.split_arguments("a: dict[str, int], *, b: tuple[int, int]=(1, 2)") == [
         "a: dict[str, int]", "*", "b: tuple[int, int]=(1, 2)",
     ]  # fmt: skip
