@@ -4,8 +4,8 @@ Pages are written for the forge: links are relative, and go to files of the chec
 README.md becomes its first page; every Markdown file that is linked from a page, and so on from that, becomes a page;
 every other linked file is shown as it is. So all links work on both, and `mkdocs build --strict` checks them.
 
-The reference is made from signatures and docstrings, without importing the package. After its first sentences a docstring
-is shown as it is written, line by line: it holds equations and tables of shapes in plain text.
+The reference is made from signatures and docstrings, without importing the package. After its first sentences a
+docstring is shown as it is written, line by line: it holds equations and tables of shapes in plain text.
 """
 
 from __future__ import annotations

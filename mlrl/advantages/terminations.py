@@ -54,6 +54,8 @@ def random_chunks(batch: Batch, *, lengths: Sequence[int] = (1, 2, 3, 5, 10), se
     The draw is a function of seed, policy_version and the row's own actions: it differs between steps, and between
     different completions, and is the same whenever the row is seen again. The authors shuffle a list that holds each
     length equally often, and what is left of the row when it is used up is one chunk.
+
+    Raises: Refused, unless there are lengths, all whole numbers of at least 1.
     """
     for length in lengths or (0,):
         require_whole("random_chunks", "lengths", length, 1)
