@@ -1,4 +1,4 @@
-# make install | quickstart | test | test-all | bench | parity | pods | lint | docs | report | lock | clean
+# make install | quickstart | test | test-all | drills | bench | parity | pods | lint | docs | report | lock | clean
 # VENV=DIR puts the environment elsewhere; PYTHON=python3.12 makes it with another interpreter.
 
 VENV ?= .venv
@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
-.PHONY: install quickstart test test-all bench parity parity-environment pods lint docs report lock clean
+.PHONY: install quickstart test test-all drills bench parity parity-environment pods lint docs report lock clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -33,6 +33,10 @@ test: install
 
 test-all: install
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+# What must not break, tried many times: hours, and cut it goes on where it was; SHORT=1: about a minute, as CI does.
+drills: install
+	JAX_PLATFORMS=cpu $(BIN)/python -m drills $(if $(SHORT),--short)
 
 # Beside bare JAX, TRL and tunix, the latter two in environments of their own; QUICK=1: beside bare JAX only.
 bench: install

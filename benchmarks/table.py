@@ -35,6 +35,8 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         lines += ["", f"mlrl's whole step with full rows reaches this share of that ceiling: {', '.join(shares)}. The",
                   "step's products are counted by formula (`mlrl.costs`)."]  # fmt: skip
     lines += ["", "Not measured: GPUs, TPUs, several devices, bf16, and models above these sizes."]
+    unmeasured = "; ".join(results.get("unmeasured", []))
+    lines += [f"Of these comparisons not measured yet: {unmeasured}."] if unmeasured else []
     lines += [f"Left out: {name}: {why}" for name, why in results["missing"].items()]
     return "\n".join([*lines, ""])
 

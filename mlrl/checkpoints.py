@@ -340,6 +340,13 @@ def _set_aside(manager: Manager, step: int) -> None:
     manager.orbax.reload()
 
 
+# What the errors of a disk say, of whatever kind they are raised, and what that means.
+_FULL = "no space left on the device"
+_DISK_SAYS = {"No space left": _FULL, "RESOURCE_EXHAUSTED": _FULL, "Disk quota": _FULL,
+              "File too large": "a file is larger than is allowed here (ulimit -f)",
+              "Read-only file system": "the file system is read-only"}  # fmt: skip
+
+
 @contextlib.contextmanager
 def _write_errors_refused(manager: Manager) -> Iterator[None]:
     """Turns errors of the disk, also those of the save in the background, into one line."""
@@ -347,11 +354,10 @@ def _write_errors_refused(manager: Manager) -> Iterator[None]:
         yield
     except Exception as error:
         text = str(error).strip().split("\n")[0]
-        full = any(word in str(error) for word in ("No space left", "RESOURCE_EXHAUSTED", "Disk quota"))
-        if not full and not isinstance(error, OSError):
+        reason = next((reason for words, reason in _DISK_SAYS.items() if words in str(error)), "")
+        if not reason and not isinstance(error, OSError):
             raise
         last = latest_step(manager.folder)
         kept = "no step was complete yet" if last is None else f"step {last} is complete"
-        reason = "no space left on the device" if full else text[:200]
-        raise Refused(f"cannot write a checkpoint in {manager.folder}: {reason}; {kept}, so make room or mend the "
-                      "folder and run the same command again") from error  # fmt: skip
+        raise Refused(f"cannot write a checkpoint in {manager.folder}: {reason or text[:200]}; {kept}, so make "
+                      "room or mend the folder and run the same command again") from error  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import pathlib
@@ -128,4 +129,6 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
         partial.write_text(text)
         os.replace(partial, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise Refused(f"cannot write {path} ({error.strerror}): make room or choose another folder") from error

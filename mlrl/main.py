@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import errno
 import inspect
 import logging
 import os
@@ -114,7 +115,7 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
 
     def claim() -> None:
         folders.claim_run_folder(folder, config, may_differ=("num_steps", "num_rounds"))
-        pathlib.Path(folder, "operative_config.gin").write_text(_operative_config())
+        folders.write_atomically(pathlib.Path(folder, "operative_config.gin"), _operative_config())
 
     processes.by_first(claim)
     with runs.Run(folder, experiment.recording, profile=profile) as run:
@@ -152,7 +153,7 @@ def _train_together(arguments: argparse.Namespace, overrides: dict[str, str], fo
     folders_.require_no_run(folder)
     for path, config, operative in claims:
         folders_.claim_run_folder(path, config, may_differ=("num_steps",))
-        path.joinpath("operative_config.gin").write_text(operative)
+        folders_.write_atomically(path / "operative_config.gin", operative)
     seeds.train(variants)
     if arguments.report:
         from mlrl import report
@@ -318,6 +319,9 @@ def _one_line(error: Exception) -> str:
         return called_back[1]
     if isinstance(error, Refused) or type(error).__name__ in ("Stopped", "Preempted", "UnknownConfigurable"):
         return text
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS):
+        where = error.filename or "in the run's folder"
+        return f"cannot write {where} ({error.strerror}): make room or mend the folder, and run the same command again"
     return f"{type(error).__name__}: {text or 'no message'} (--debug shows the trace)"
 
 
@@ -327,6 +331,8 @@ def _gin_words(path: str, error: Exception) -> str:
 
     if isinstance(error, SyntaxError):
         return f"{error.filename or path}:{error.lineno}: {error.msg} found {(error.text or '').strip()!r}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"{path}: a gin file is text in UTF-8, but byte {error.start} of it is none: save it as UTF-8"
     text = str(error)
     place = re.search(r'In file "(.+?)", line (\d+)|In bindings string line \d+\n\s*(.+)', text)
     where = f"{path}: "
@@ -383,6 +389,8 @@ _GIN_SAYS = (
     (r"(\S+) set to `%gin.REQUIRED`", "{0} needs a value: bind it, or give --gin.{0}=VALUE", _nothing),
     (r"(?s)for arguments: \[(.+?)\].*In call to configurable '(\w+)'", "{1} needs {0}: bind them, or "
      "write @{1} without () to name the function", _nothing),
+    (r"(not enough values) to unpack \(expected at least 2", "a name behind @ needs a module and what is in it, as "
+     "@graph.arithmetic", _nothing),
     (r"Unable to open file: (.+?)\. Searched", "there is no gin file {0} in this folder or in mlrl's gin library",
      _nothing),
 )  # fmt: skip

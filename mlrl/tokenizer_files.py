@@ -6,7 +6,7 @@ import functools
 import gzip
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from mlrl.types import Refused
@@ -81,12 +81,14 @@ def special_tokens(path: str, config: str) -> tuple[dict[str, str], str]:
     folder = _folder(path)
     settings = _json(folder, config)
     merged = _json(folder, "special_tokens_map.json") | {k: v for k, v in settings.items() if v is not None}
-    texts = {name: _token_text(merged[name]) for name in _NAMES if merged.get(name)}
+    texts = {name: _token_text(folder, name, merged[name]) for name in _NAMES if merged.get(name)}
     template = settings.get("chat_template") or ""
-    if isinstance(template, list):  # several, by name
-        template = next((entry["template"] for entry in template if entry["name"] == "default"), "")
+    if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):  # several, by name
+        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), "")
+    if not isinstance(template, str):
+        raise Refused(f"{folder / config}: chat_template must be a text, or a list with one named default")
     stored = folder / "chat_template.jinja"
-    return texts, stored.read_text() if not template and stored.is_file() else template
+    return texts, _text(stored) if not template and stored.is_file() else template
 
 
 def generation_eos_ids(path: str) -> list[int]:
@@ -94,7 +96,10 @@ def generation_eos_ids(path: str) -> list[int]:
     for name in ("generation_config.json", "config.json"):
         found = _json(_folder(path), name).get("eos_token_id")
         if found is not None:
-            return [int(i) for i in (found if isinstance(found, list) else [found])]
+            ids = found if isinstance(found, list) else [found]
+            if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+                raise Refused(f"{_folder(path) / name}: eos_token_id must be an id or a list of ids, got {found!r}")
+            return ids
     return []
 
 
@@ -159,13 +164,16 @@ def _add_tokens(tokenizer: Any, folder: pathlib.Path, config: str) -> None:
     from tokenizers import AddedToken
 
     entries = _json(folder, config).get("added_tokens_decoder", {})
-    added = [(int(i), AddedToken(e["content"], single_word=e.get("single_word", False), lstrip=e.get("lstrip", False),
-                                 rstrip=e.get("rstrip", False), normalized=e.get("normalized", False),
-                                 special=e.get("special", False)))
-             for i, e in entries.items()]  # fmt: skip
-    if not entries:
-        added = [(i, AddedToken(text, special=True, normalized=False))
-                 for text, i in _json(folder, "added_tokens.json").items()]  # fmt: skip
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    try:
+        added = [(int(i), AddedToken(e["content"], **{flag: e.get(flag, False) for flag in flags}))
+                 for i, e in entries.items()]  # fmt: skip
+        if not entries:
+            added = [(int(i), AddedToken(text, special=True, normalized=False))
+                     for text, i in _json(folder, "added_tokens.json").items()]  # fmt: skip
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+        what = f"{config}: added_tokens_decoder" if entries else "added_tokens.json"
+        raise Refused(f"{folder}/{what} is not ids and tokens: {type(error).__name__}: {_first_line(error)}") from error
     for wanted, token in sorted(added, key=lambda pair: pair[0]):
         (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
         got = tokenizer.token_to_id(token.content)
@@ -209,8 +217,11 @@ def _json(folder: pathlib.Path, name: str) -> dict[str, Any]:
     return _parsed(file) if file is not None else {}
 
 
-def _token_text(token: str | Mapping[str, Any]) -> str:
-    return token if isinstance(token, str) else token["content"]
+def _token_text(folder: pathlib.Path, name: str, token: Any) -> str:
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise Refused(f"{folder}: {name} must be a text, or have one as its 'content', got {token!r}")
+    return text
 
 
 def _non_empty(texts: Iterable[str]) -> Iterator[str]:

@@ -135,15 +135,13 @@ class Chat:
           **variables: whatever else the template reads, such as enable_thinking=False.
         Raises: Refused, if the template fails or refuses the messages.
         """
-        import jinja2
-
         names = {"bos_token": "", "eos_token": ""} | dict(self.special_tokens) | variables
         try:
             return _compiled_template(self.template).render(
                 messages=[dict(message) for message in messages], add_generation_prompt=add_generation_prompt, **names
             )
-        except jinja2.TemplateError as error:
-            raise Refused(f"the chat template failed: {error}") from error
+        except Exception as error:  # of Jinja, or of whatever the template does with what it was given
+            raise Refused(f"the chat template failed: {' '.join(str(error).split())}") from error
 
 
 def characters(alphabet: str) -> Vocabulary:
@@ -240,6 +238,9 @@ def _eos_ids(path: str, tokenizer: Any, eos_tokens: Sequence[str], specials: Map
     found = [_token_id(path, tokenizer, "eos_token", name) for name in names]
     if not eos_tokens:
         found += tokenizer_files.generation_eos_ids(path)
+        strange = [i for i in found if not 0 <= i < 2**31 or tokenizer.id_to_token(i) is None]
+        if strange:
+            raise Refused(f"the files of {path} name {strange[0]} as an EOS id, which is no token of theirs")
     if not found and tokenizer.token_to_id("<|endoftext|>") is not None:  # GPT-2's files do not name it
         found = [tokenizer.token_to_id("<|endoftext|>")]
     if not found:

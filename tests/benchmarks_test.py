@@ -15,7 +15,6 @@ from benchmarks import (
     decode_baseline,
     growth,
     measuring,
-    soak,
     table,
     update_baseline,
     weights,
@@ -68,21 +67,6 @@ def test_micro_batches_leave_the_baseline_s_step_as_it_is(rollout_and_params):
     whole, split = step(0), step(2)
     np.testing.assert_allclose(whole[2], -9.5, rtol=1e-5)  # on-policy: minus the mean advantage
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), whole[0], split[0])
-
-
-def soaked(growth, compiled):
-    seen = [(step, 100.0 + growth * step) for step in range(0, 501, 5)]
-    rows = [{"step": step, "compilations": 3 + (step >= 300) * compiled} for step in range(1, 501)]
-    return soak.verdict(seen, rows)
-
-
-def test_the_soak_test_tells_growth_and_compilations_from_their_absence():
-    assert soaked(0.0, 0)["growth_share"] == pytest.approx(0.0, abs=1e-9)
-    assert soaked(0.0, 0)["compilations_after"] == {}
-    grown = soaked(0.02, 1)
-    assert grown["mib_per_100_steps"] == pytest.approx(2.0)
-    assert grown["growth_share"] > soak.MOST_GROWTH
-    assert grown["compilations_after"]["300"] == 1
 
 
 @pytest.fixture(scope="module")

@@ -257,15 +257,20 @@ def test_a_partial_step_does_not_count(tmp_path):
     checkpoints.close(manager)
 
 
-def test_a_full_disk_is_one_line_and_keeps_the_last_step(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error, words", [
+    (OSError(28, "No space left on device"), "no space left on the device"),
+    (ValueError("UNKNOWN: Failed to write [OS error 27: EFBIG File too large]"), "larger than is allowed here"),
+    (ValueError("Read-only file system"), "the file system is read-only"),
+])  # fmt: skip
+def test_a_disk_that_takes_no_more_is_one_line_and_keeps_the_last_step(tmp_path, monkeypatch, error, words):
     manager = saved(tmp_path / "c", [1])
 
     def full(*_, **__):
-        raise OSError(28, "No space left on device")
+        raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(type(manager.orbax), "save", full)
-        with pytest.raises(Refused, match="no space left on the device; step 1 is complete") as refusal:
+        with pytest.raises(Refused, match=f"{words}.*; step 1 is complete") as refusal:
             checkpoints.save(manager, 2, make_state(2))
     assert "\n" not in str(refusal.value)
     assert int(checkpoints.restore(manager, abstract(make_state())).step) == 1

@@ -1,5 +1,6 @@
 """The command line: mistakes end in one line that says what to change, before anything is compiled."""
 
+import errno
 import os
 import pathlib
 import subprocess
@@ -89,6 +90,7 @@ def assert_one_line(found, *words):
         ("online.Experimnt.group_size = 3\n", ("my.gin:31", "did you mean 'Experiment'?")),
         ("online.Experiment.group_sise = 3\n", ("my.gin:31", "group_sise", "did you mean 'group_size'?")),
         ("online.Experiment.advantage_fn = @selection.keep_all\n", ("my.gin:31", "import selection")),
+        ("online.Experiment.task = @puzzles\n", ("my.gin:31", "needs a module and what is in it")),
         ("from mlrl import advantagess\n", ("my.gin:31", "did you mean 'mlrl.advantages'?")),
         ("import my_rewards_of_old\n", ("my.gin:31", "no module 'my_rewards_of_old'")),
         # values
@@ -98,6 +100,9 @@ def assert_one_line(found, *words):
         ("online.Experiment.task = @puzzles.arithmetic\n", ("Experiment.task", "@arithmetic()")),
         ("online.Experiment.losses = @policy.ppo_clip\n", ("Experiment.losses", "tuple")),
         ("online.Experiment.losses = (@policy.ppo_clip(),)\n", ("write @ppo_clip without ()",)),
+        ("online.Experiment.prompts_per_step = {}\n", ("Experiment.prompts_per_step", "whole number")),
+        ("online.Experiment.advantage_fn = None\n", ("Experiment.advantage_fn must be a function", "None")),
+        ("online.Experiment.reduction = 3\n", ("Experiment.reduction must be a function",)),
         ("online.Experiment.losses = ()\n", ("Experiment.losses is empty",)),
         ("puzzles.arithmetic.digits = 0\n", ("digits must be at least 1",)),
         # arithmetic of a step
@@ -164,6 +169,12 @@ def test_files_that_are_missing_or_bind_nothing(train, tmp_path, capsys):
     assert_one_line(train(base=nothing), "my.gin binds no experiment", "main.run.experiment")
     without_task = "".join(line for line in TINY.splitlines(True) if "puzzles.arithmetic" not in line)
     assert_one_line(train(base=without_task), "Experiment needs 'task'")
+
+
+def test_a_gin_file_that_is_no_text_is_said_to_be_none(tmp_path, capsys):
+    (tmp_path / "my.gin").write_bytes(b"STEPS = 3 # \xf2\n")
+    status = main.main(["check", str(tmp_path / "my.gin")])
+    assert_one_line((status, capsys.readouterr().err), "my.gin", "byte 12", "save it as UTF-8")
 
 
 def test_an_override_without_a_value(capsys):
@@ -243,6 +254,12 @@ def test_help_comes_at_once_and_loads_nothing():
         took.append(time.perf_counter() - start)
         assert done.returncode == 0 and "train" in done.stdout
     assert min(took) < 2.0, took
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS])
+def test_a_disk_that_takes_no_more_is_said_without_a_trace(number):
+    line = main._one_line(OSError(number, os.strerror(number), "run/tensorboard"))
+    assert line.startswith(f"cannot write run/tensorboard ({os.strerror(number)}): make room") and "--debug" not in line
 
 
 def test_a_refusal_inside_of_a_compiled_program_is_shown_as_one():

@@ -182,6 +182,16 @@ def mismatch_added(folder):
     (folder / "added_tokens.json").write_text('{"<call>": 70}')
 
 
+def settings_with(name="tokenizer_config.json", **changes):
+    def spoil(folder):
+        file = folder / name
+        found = json.loads(file.read_text()) if file.is_file() else {}
+        file.write_text(json.dumps(found | changes))
+
+    spoil.__name__ = "_".join([name.split(".")[0], *changes])
+    return spoil
+
+
 @pytest.mark.parametrize(
     "spoil, words",
     [
@@ -192,6 +202,15 @@ def mismatch_added(folder):
         (lose_eos, "name no EOS token"),
         (lose_merges, "holds no tokenizer.json"),
         (mismatch_added, "'<call>' should have id 70"),
+        (settings_with(eos_token={"text": "<end>"}), "eos_token must be a text, or have one as its 'content'"),
+        (settings_with(chat_template=7), "tokenizer_config.json: chat_template must be a text"),
+        (settings_with(chat_template=["{{ x }}"]), "tokenizer_config.json: chat_template must be a text"),
+        (settings_with(added_tokens_decoder={"x": {"content": "<call>"}}), "added_tokens_decoder is not ids"),
+        (settings_with(added_tokens_decoder={"1": {}}), "added_tokens_decoder is not ids and tokens: KeyError"),
+        (settings_with("added_tokens.json", more=None), "added_tokens.json is not ids and tokens"),
+        (settings_with("generation_config.json", eos_token_id="x"), "eos_token_id must be an id or a list of ids"),
+        (settings_with("generation_config.json", eos_token_id=70), "name 70 as an EOS id, which is no token of theirs"),
+        (settings_with("generation_config.json", eos_token_id=-1), "name -1 as an EOS id"),
     ],
 )
 def test_spoiled_hugging_face_files_are_refused(tmp_path, spoil, words):

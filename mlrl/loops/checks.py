@@ -58,6 +58,15 @@ def nouns(experiment: Any) -> None:
             shown = name_of(value) if callable(value) else repr(value)
             wanted = "tuple, as (@name,)" if kind is Sequence else kind.__name__
             raise Refused(f"Experiment.{name} must be a {wanted}, got {shown}{hint}")
+    for field in dataclasses.fields(experiment):
+        value, named = getattr(experiment, field.name), field.name.endswith("_fn") and field.name != "reward_fn"
+        if (named or callable(field.default)) and not callable(value):
+            raise Refused(f"Experiment.{field.name} must be a function, as @module.name, got {value!r}")
+    for name in ("num_steps", "num_rounds", "minibatches", "epochs", "prompts_per_step", "prompts_per_round",
+                 "rows_per_step", "group_size"):
+        require_whole("Experiment", name, getattr(experiment, name, 1), 1)
+    for name in ("seed", "micro_batch_rows", "score_chunk_columns", "score_chunk_vocabulary"):
+        require_whole("Experiment", name, getattr(experiment, name, 0), 0)
 
 
 def model_for(config: Config, vocabulary: Vocabulary) -> Transformer:
@@ -79,14 +88,6 @@ def start_fits(start: Callable[[Transformer, Any], Any], model: Transformer) -> 
 
 def rows_divide(experiment: Any, rows: int, unit_rows: int = 1) -> None:
     """The rows of a step divide into minibatches, micro-batches and devices, in whole groups of `unit_rows`."""
-    for name in ("num_steps", "num_rounds", "minibatches", "epochs", "prompts_per_step", "prompts_per_round",
-                 "rows_per_step", "group_size"):
-        if not isinstance(getattr(experiment, name, 1), int):
-            raise Refused(f"Experiment.{name} must be a whole number, got {getattr(experiment, name)!r}")
-        if getattr(experiment, name, 1) < 1:
-            raise Refused(f"Experiment.{name} must be at least 1, got {getattr(experiment, name)}")
-    for name in ("seed", "score_chunk_columns", "score_chunk_vocabulary"):
-        require_whole("Experiment", name, getattr(experiment, name), 0)
     minibatches = getattr(experiment, "minibatches", 1)
     check_division(rows, minibatches, experiment.micro_batch_rows, unit_rows)
     mesh, rollout_mesh = meshes_of(experiment)

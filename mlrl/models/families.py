@@ -24,6 +24,7 @@ Fields = dict[str, Any]  # fields of Config by name; those that are left out hav
 OURS = ("value_head", "critic_layers", "lora_rank", "lora_alpha", "lora_kernels", "scan_layers", "attention",
         "remat", "dtype", "param_dtype")  # fmt: skip
 
+_MOST_LAYERS = 9_999  # more is a mistake, and would be listed one by one
 _ACTIVATIONS = {"silu": nn.silu, "gelu_pytorch_tanh": gelu_tanh, "gelu_new": gelu_tanh, "gelu": gelu}
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,8 @@ def family_of(settings: Mapping[str, Any], source: str) -> tuple[Family, Fields]
     if family is None:
         raise Refused(f"{source} is of model_type {name!r}, which mlrl does not have: it has {known_names()}")
     if architectures and architectures != [family.architecture]:
-        raise Refused(f"{source} is of the architecture {', '.join(map(str, architectures))}: mlrl has {known_names()}")
+        listed = architectures if isinstance(architectures, list) else [architectures]
+        raise Refused(f"{source} is of the architecture {', '.join(map(str, listed))}: mlrl has {known_names()}")
     reader = Settings(settings, source, NO_MATTER)
     fields = family.read(reader)
     reader.all_read()
@@ -99,11 +101,13 @@ def differing(one: Config, other: Config) -> list[str]:
 def _sizes(s: Settings, *, head_dim: int = 0, kv_heads: int = 0, tied: bool = False,
            norm_eps: float = 1e-6) -> Fields:  # fmt: skip
     """The sizes and rotary positions that Llama's descendants share; with the family's defaults."""
-    width, heads = s.whole("hidden_size"), s.whole("num_attention_heads")
+    width, heads = s.whole("hidden_size", least=1), s.whole("num_attention_heads", least=1)
     return {
-        "vocabulary_size": s.whole("vocab_size"), "width": width, "layers": s.whole("num_hidden_layers"),
-        "heads": heads, "kv_heads": s.whole("num_key_value_heads", kv_heads or heads),
-        "head_width": s.whole("head_dim", head_dim or width // heads), "mlp_width": s.whole("intermediate_size"),
+        "vocabulary_size": s.whole("vocab_size", least=1), "width": width,
+        "layers": s.whole("num_hidden_layers", least=1, most=_MOST_LAYERS), "heads": heads,
+        "kv_heads": s.whole("num_key_value_heads", kv_heads or heads, least=1),
+        "head_width": s.whole("head_dim", head_dim or width // heads, least=1),
+        "mlp_width": s.whole("intermediate_size", least=1),
         "norm_eps": s.number("rms_norm_eps", norm_eps), "tied_head": s.flag("tie_word_embeddings", tied),
     }  # fmt: skip
 
@@ -118,10 +122,7 @@ def _sizes_back(c: Config) -> dict[str, Any]:
 
 
 def _activation(s: Settings, name: str, default: str) -> Callable:
-    found = s.any(name, default)
-    if found not in _ACTIVATIONS:
-        raise s.refused(name, ", ".join(_ACTIVATIONS))
-    return _ACTIVATIONS[found]
+    return _ACTIVATIONS[s.choice(name, _ACTIVATIONS, default)]
 
 
 def _silu(s: Settings) -> Fields:
@@ -155,7 +156,8 @@ def _cycle(values: Sequence[int]) -> tuple[int, ...]:
 def _windows(s: Settings, layers: int, window: int, slides: Callable[[int], bool]) -> tuple[int, ...]:
     """Windows by layer_types, or by a function of the layer's index where these are absent."""
     kinds = s.any("layer_types", ["sliding_attention" if slides(i) else "full_attention" for i in range(layers)])
-    if len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
+    known = ("sliding_attention", "full_attention")
+    if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in known for kind in kinds):
         raise s.refused("layer_types", f"full_attention and sliding_attention, {layers} in number")
     return _cycle([window if kind == "sliding_attention" else 0 for kind in kinds])
 
@@ -295,7 +297,7 @@ def _write_gemma2(c: Config) -> dict[str, Any]:
 
 def _read_gemma3(s: Settings) -> Fields:
     shared = _gemma(s, "hidden_activation")
-    every = s.whole("sliding_window_pattern", s.whole("_sliding_window_pattern", 6))
+    every = s.whole("sliding_window_pattern", s.whole("_sliding_window_pattern", 6, least=1), least=1)
     windows = _windows(s, shared["layers"], s.whole("sliding_window", 4096), lambda i: (i + 1) % every > 0)
     more = {"windows": windows, "qk_norm": True}
     return shared | _gemma3_rope(s) | _soft_capped(s, 0.0, 0.0) | more
@@ -322,10 +324,11 @@ def _write_gemma3(c: Config) -> dict[str, Any]:
 
 def _read_gpt2(s: Settings) -> Fields:
     s.fixed(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
-    width, heads = s.whole("n_embd", 768), s.whole("n_head", 12)
+    width, heads = s.whole("n_embd", 768, least=1), s.whole("n_head", 12, least=1)
     return {
-        "vocabulary_size": s.whole("vocab_size", 50257), "width": width, "layers": s.whole("n_layer", 12),
-        "heads": heads, "kv_heads": heads, "head_width": width // heads, "mlp_width": s.whole("n_inner", 4 * width),
+        "vocabulary_size": s.whole("vocab_size", 50257, least=1), "width": width,
+        "layers": s.whole("n_layer", 12, least=1, most=_MOST_LAYERS), "heads": heads, "kv_heads": heads,
+        "head_width": width // heads, "mlp_width": s.whole("n_inner", 4 * width),
         "learned_positions": s.whole("n_positions", 1024), "norm": LayerNorm,
         "norm_eps": s.number("layer_norm_epsilon", 1e-5), "qkv_bias": True, "out_bias": True, "mlp_bias": True,
         "gated_mlp": False, "activation": _activation(s, "activation_function", "gelu_new"),

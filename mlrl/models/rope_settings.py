@@ -16,7 +16,7 @@ def scaling_of(s: Settings, positions: Any) -> rope.Scaling:
     kind = kind or older or "default"
     s.fixed(partial_rotary_factor=1.0)
     s.any("rope_theta", ())
-    if kind not in _SCALINGS:
+    if not isinstance(kind, str) or kind not in _SCALINGS:
         raise Refused(f"a rope_scaling of type {kind!r} is not known to mlrl: it has {', '.join(_SCALINGS)}")
     scaling = _SCALINGS[kind](s, positions)
     s.all_read()

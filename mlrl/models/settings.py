@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mlrl.types import Refused
@@ -40,17 +40,24 @@ class Settings:
         """Whether the setting is there, and null."""
         return name in self._null
 
-    def whole(self, name: str, default: int | None = None) -> int:
+    def whole(self, name: str, default: int | None = None, *, least: int = 0, most: int = 2**31 - 1) -> int:
         value = self.any(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
-            raise self.refused(name, "a whole number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not (
+                least <= value <= most and value == int(value)):  # fmt: skip
+            raise self.refused(name, f"a whole number from {least} to {most:,}")
         return int(value)
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self.any(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
             raise self.refused(name, "a number")
         return float(value)
+
+    def choice(self, name: str, known: Iterable[str], default: str) -> str:
+        value = self.any(name, default)
+        if not isinstance(value, str) or value not in known:
+            raise self.refused(name, ", ".join(known))
+        return value
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.any(name, default)

@@ -83,8 +83,8 @@ def _headed(path: pathlib.Path) -> dict[str, Stored]:
             raise Refused(f"{path} is no safetensors file, or its header is truncated: copy it again")
         try:
             header = json.loads(file.read(length))
-            entries = {name: (entry["dtype"], tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"]))
-                       for name, entry in header.items() if name != "__metadata__"}  # fmt: skip
+            json.dumps(header, ensure_ascii=False).encode()  # half a character is no text
+            entries = {name: _entry(entry) for name, entry in header.items() if name != "__metadata__"}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Refused(f"the header of {path} is not that of a safetensors file: copy it again") from error
     tensors = {}
@@ -100,7 +100,33 @@ def _headed(path: pathlib.Path) -> dict[str, Stored]:
             raise Refused(f"the tensor {name} in {path} is truncated: it ends at byte {8 + length + end}, the file at "
                           f"{size}; copy it again")  # fmt: skip
         tensors[name] = Stored(path, dtype, shape, 8 + length + start)
+    spans = sorted((start, end, name) for name, (_, _, start, end) in entries.items())
+    _require_no_gaps(path, spans, size - 8 - length)
     return tensors
+
+
+def _entry(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """(dtype, shape, start, end) of a tensor in a header."""
+    start, end = map(_whole, entry["data_offsets"])
+    return str(entry["dtype"]), tuple(map(_whole, entry["shape"])), start, end
+
+
+def _whole(number: Any) -> int:
+    if type(number) is not int:
+        raise ValueError
+    return number
+
+
+def _require_no_gaps(path: pathlib.Path, spans: Sequence[tuple[int, int, str]], size: int) -> None:
+    """Tensors lie one behind the other and fill the file: bytes of none, or of two, are those of a damaged header."""
+    place = 0
+    for start, end, name in spans:
+        if start != place:
+            raise Refused(f"the tensor {name} in {path} begins at byte {start} of the data, and the one before it "
+                          f"ends at {place}: copy the file again")  # fmt: skip
+        place = end
+    if place != size:
+        raise Refused(f"{path} holds {size} bytes of data, but its header tells of {place}: copy it again")
 
 
 def write(folder: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype,

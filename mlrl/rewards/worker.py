@@ -1,12 +1,15 @@
 """The worker process of host rewards: calls from stdin, answers to stdout; standard library only.
 
-Started as a script by `mlrl.rewards.workers`, never imported. A message is 8 bytes of length and a pickle.
+Started as a script by `mlrl.rewards.workers`, never imported. A message is 8 bytes of length and a pickle; an answer is
+JSON, since whoever reads a pickle runs what it says, and a function can write into our descriptors.
 """
 
+import json
 import math
 import os
 import pickle
 import queue
+import signal
 import sys
 import threading
 from collections.abc import Mapping
@@ -19,9 +22,16 @@ def _read_exactly(stream, size):
     while len(data) < size:
         piece = stream.read(size - len(data))
         if not piece:
-            os._exit(0)  # the parent is gone; nobody waits for an answer, and a hung call must not outlive it
+            _end()  # the parent is gone; nobody waits for an answer, and a hung call must not outlive it
         data += piece
     return data
+
+
+def _end():
+    """Ends this process and the others of its group, which its functions started."""
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(0)
 
 
 def read_message(stream):
@@ -30,8 +40,8 @@ def read_message(stream):
 
 
 def write_message(descriptor, message):
-    """Writes one message whole."""
-    data = pickle.dumps(message)
+    """Writes one answer whole."""
+    data = json.dumps(message).encode()
     view = memoryview(len(data).to_bytes(8, "big") + data)
     while view:
         view = view[os.write(descriptor, view) :]
@@ -99,6 +109,16 @@ def _private_streams():
     return requests, answers
 
 
+def _keep_orphans():
+    """What a function leaves running stays below this process, also what left its group: so its parent finds it."""
+    try:
+        import ctypes
+
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+    except (ImportError, OSError, AttributeError):
+        pass  # not on Linux
+
+
 def _limit_memory(size_bytes):
     if size_bytes > 0:
         import resource
@@ -110,6 +130,7 @@ def main():
     """Loads the functions, says so, then answers calls until stdin closes."""
     requests, answers = _private_streams()
     own_process = os.getpid()
+    _keep_orphans()
     path, memory_bytes = pickle.loads(read_message(requests))
     sys.path[:] = path
     payload = read_message(requests)
@@ -124,10 +145,10 @@ def main():
     try:
         functions = pickle.loads(payload)
     except BaseException as error:
-        write_message(answers, ("broken", _short(f"{type(error).__name__}: {error}")))
+        write_message(answers, ({}, "broken", _short(f"{type(error).__name__}: {error}")))
         os._exit(1)
     _limit_memory(memory_bytes)
-    write_message(answers, ("ready", ""))
+    write_message(answers, ({}, "ready", ""))
     while True:
         try:
             which, completion, example = pickle.loads(inbox.get())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pathlib
 import pickle
@@ -23,6 +24,7 @@ import cloudpickle
 from mlrl.rewards.knobs import explicit
 from mlrl.types import Refused
 
+_LONGEST_ANSWER = 64 << 20  # bytes
 _SCRIPT = pathlib.Path(__file__).with_name("worker.py")
 REASONS = ("raised", "hung", "not_finite", "wrong_type", "died", "not_applicable")
 
@@ -69,24 +71,24 @@ class _Process:
             deadline = time.monotonic() + startup_seconds
             self._send(settings, deadline)
             self._send(payload, deadline)
-            state, detail = pickle.loads(self._receive(deadline))
+            _, reason, detail = _answer(self._receive(deadline))
         except TimeoutError:
             self.kill()
             raise Refused(f"it was not loaded within startup_seconds={startup_seconds:g}") from None
-        except (EOFError, OSError):
+        except (EOFError, OSError, ValueError):
             raise Refused(f"its worker ended while loading it ({self.kill()})") from None
         except BaseException:
             self.kill()
             raise
-        if state != "ready":
+        if reason != "ready":
             self.kill()
             raise Refused(f"{detail} (it must be importable, or picklable by cloudpickle)")
 
     def ask(self, request: bytes, timeout_seconds: float) -> Answer:
-        """The answer to one request; after a TimeoutError, EOFError or OSError the process must be killed."""
+        """The answer to a request; after a TimeoutError, EOFError, OSError or ValueError the process must be killed."""
         deadline = time.monotonic() + timeout_seconds
         self._send(request, deadline)
-        return Answer(*pickle.loads(self._receive(deadline)))
+        return Answer(*_answer(self._receive(deadline)))
 
     def interrupt(self) -> None:
         """Kills the whole process group, so that whoever waits for an answer sees the end of it."""
@@ -94,8 +96,12 @@ class _Process:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def kill(self) -> str:
-        """Kills the whole process group, closes both pipes, and says in words how the process ended."""
+        """Kills the process and all below it, closes both pipes, and says in words how the process ended."""
+        left = _below(self.process.pid)
         self.interrupt()  # before wait(): until the leader is reaped, the group's id is still ours
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
         self.process.stdin.close()
         self.process.stdout.close()
         code = self.process.wait()
@@ -109,18 +115,45 @@ class _Process:
                 view = view[os.write(self.requests, view) :]
 
     def _receive(self, deadline: float) -> bytes:
-        return self._read(int.from_bytes(self._read(8, deadline), "big"), deadline)
+        size = int.from_bytes(self._read(8, deadline), "big")
+        if size > _LONGEST_ANSWER:
+            raise ValueError("what its worker wrote is no answer")
+        return self._read(size, deadline)
 
     def _read(self, size: int, deadline: float) -> bytes:
-        data = b""
+        data = bytearray()
         while len(data) < size:
             _wait(self.answers, select.POLLIN, deadline)
             with contextlib.suppress(BlockingIOError):
-                piece = os.read(self.answers, size - len(data))
+                piece = os.read(self.answers, min(size - len(data), 1 << 20))
                 if not piece:
                     raise EOFError
                 data += piece
-        return data
+        return bytes(data)
+
+
+def _answer(data: bytes) -> tuple[dict[str, float], str, str]:
+    """What a worker answered; ValueError if it is no answer, as when a function wrote into the channel."""
+    try:
+        entries, reason, detail = json.loads(data)
+        numbers = all(isinstance(entry, float) for entry in entries.values())
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError("what its worker wrote is no answer") from error
+    if not (numbers and isinstance(reason, str) and isinstance(detail, str) and (reason or "reward" in entries)):
+        raise ValueError("what its worker wrote is no answer")
+    return entries, reason, detail
+
+
+def _below(pid: int) -> list[int]:
+    """The processes that a worker's functions started, also those that left its group; Linux only."""
+    parents: dict[int, int] = {}
+    for name in filter(str.isdecimal, os.listdir("/proc") if os.path.isdir("/proc/self") else ()):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            parents[int(name)] = int(pathlib.Path("/proc", name, "stat").read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for one in found:  # grows as it is read
+        found += [child for child, parent in parents.items() if parent == one]
+    return found[1:]
 
 
 def _wait(descriptor: int, event: int, deadline: float) -> None:
@@ -243,5 +276,8 @@ class WorkerPool:
             process.kill()
         except (EOFError, OSError):
             answer = Answer({}, "died", f"its worker ended: {process.kill()}")
+        except ValueError as error:
+            answer = Answer({}, "died", str(error))
+            process.kill()
         self._slots[slot] = None
         return answer

@@ -174,6 +174,8 @@ def encode(vocabulary: Vocabulary, text: str, where: str) -> list[int]:
         return list(vocabulary.encode(text))
     except Refused as refusal:
         raise Refused(f"{where}: {refusal}") from refusal
+    except UnicodeEncodeError as error:
+        raise Refused(f"{where}: {text[error.start]!r} is half of a character, and no text: mend the file") from error
 
 
 def fit(ids: list[int], limit: int, on_long: LongFn, where: str) -> list[int] | None:

@@ -216,9 +216,33 @@ def test_a_truncated_file_is_refused_by_the_tensor(llama):
         file.write_bytes(whole[:kept])
         with pytest.raises(Refused, match=words):
             pretrained.start(path=str(folder))
+    file.write_bytes(whole + b"1234")
+    with pytest.raises(Refused, match="bytes of data, but its header tells of"):
+        pretrained.start(path=str(folder))
     file.write_bytes(whole[:8] + b"?" + whole[9:])
     with pytest.raises(Refused, match="header of .* is not that"):
         pretrained.start(path=str(folder))
+
+
+WHOLE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize("header", [
+    [], {"x": [1]}, {"x": WHOLE | {"data_offsets": [0, 8, 8]}}, {"x": WHOLE | {"dtype": ["F32"]}},
+    {"x": WHOLE | {"shape": [2.0]}}, {"x": WHOLE | {"data_offsets": ["0", "8"]}}, {"x": WHOLE | {"shape": "2"}},
+    {"x": WHOLE | {"shape": [1], "data_offsets": [4, 8]}}, {"x": WHOLE, "y": WHOLE}, {"__metadata__": {}},
+    {"__metadata__": {"a": "\ud800"}, "x": WHOLE},
+])  # fmt: skip
+def test_a_header_that_is_none_is_refused(tmp_path, header):
+    def write(header):
+        text = json.dumps(header).encode()
+        (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+
+    write({"x": WHOLE})
+    assert set(tensor_files.stored(tmp_path)) == {"x"}
+    write(header)
+    with pytest.raises(Refused, match="copy (the file|it) again|only F64"):
+        tensor_files.stored(tmp_path)
 
 
 def test_shards_that_do_not_fit_their_index_are_refused(tmp_path):
@@ -283,6 +307,13 @@ def test_names_without_the_prefix_and_old_buffers_are_known(tmp_path):
         (dict(residual_multiplier=0.5), "sets residual_multiplier to 0.5"),
         (dict(hidden_size="8"), "hidden_size to '8'"),
         (dict(hidden_size="absent"), "has no hidden_size"),
+        (dict(hidden_size=float("inf")), "hidden_size to inf"),
+        (dict(rms_norm_eps=float("nan")), "rms_norm_eps to nan"),
+        (dict(num_attention_heads=0), "num_attention_heads to 0; mlrl knows a whole number from 1"),
+        (dict(num_hidden_layers=2**40), "num_hidden_layers to 10995.*; mlrl knows a whole number from 1 to 9,999"),
+        (dict(hidden_act=["silu"]), "hidden_act to .'silu'.; mlrl knows silu"),
+        (dict(architectures=7), "of the architecture 7"),
+        (dict(rope_scaling={"type": [1], "factor": 2.0}), "of type .1. is not known"),
         (dict(tie_word_embeddings=1), "tie_word_embeddings to 1"),
         (dict(num_key_value_heads=3), r"Config.heads \(4\) must be a multiple of Config.kv_heads \(3\)"),
     ],

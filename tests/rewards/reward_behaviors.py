@@ -42,6 +42,19 @@ def behave(completion, example):
         return {"style": 0.25}
     if completion == "unnamed":
         return {"a": 1.0, "b": 2.0}
+    if completion in ("forge", "fill"):  # an answer of which the parent can make nothing, or an endless one
+        for descriptor in range(3, 20):
+            try:
+                os.write(descriptor, (4).to_bytes(8, "big") + b"junk" if completion == "forge" else b"\xff" * 64)
+            except OSError:
+                pass
+    if completion == "pickle":  # one that a reader of pickles would run
+        code = b"cos\nsystem\n(S'touch " + example["answer"].encode() + b"'\ntR."
+        for descriptor in range(3, 20):
+            try:
+                os.write(descriptor, len(code).to_bytes(8, "big") + code)
+            except OSError:
+                pass
     if completion == "jax":
         return float("jax" in sys.modules or "tensorflow" in sys.modules)
     if completion == "numpy":
@@ -52,8 +65,8 @@ def behave(completion, example):
 
 
 def spawn(completion, example):
-    """Leaves a child process behind; its id and the worker's are the reward's parts."""
-    child = subprocess.Popen(["sleep", "100"])
+    """Leaves a child process behind, as a daemon if asked; its id and the worker's are the reward's parts."""
+    child = subprocess.Popen(["sleep", "100"], start_new_session=completion == "daemon")
     if completion == "hang":
         time.sleep(100)
     return {"reward": 0.0, "child": child.pid, "worker": os.getpid()}

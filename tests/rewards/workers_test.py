@@ -12,6 +12,7 @@ import time
 import pytest
 from reward_behaviors import behave, spawn
 
+from mlrl.rewards import workers
 from mlrl.rewards.workers import Call, WorkerPool
 from mlrl.types import Refused
 
@@ -54,6 +55,8 @@ def test_parts(pool):
         ("none", "not_applicable", "it returned None"),
         ("die", "died", "exit code 3"),
         ("signal", "died", "killed by signal 11"),
+        ("forge", "died", "what its worker wrote is no answer"),
+        ("fill", "died", "what its worker wrote is no answer"),
         ("hang", "hung", "it ran past timeout_seconds=0.5"),
         ("sleep", "hung", "it ran past timeout_seconds=0.5"),
     ],
@@ -165,6 +168,29 @@ def wait_until(condition, seconds=5.0):
     return condition()
 
 
+def test_an_answer_is_never_run_as_code(pool, tmp_path):
+    bad, good = ask(pool, "pickle", "ok", answer=str(tmp_path / "touched"))
+    assert bad.reason == "died" and not (tmp_path / "touched").exists()
+    assert good.reason == "raised"  # its answer is no number here
+
+
+@pytest.mark.parametrize("said", [
+    b"", b"[]", b"7", b"\xff", b"[" * 99999, b'[{}, "", ""]', b'[{"reward": "1"}, "", ""]', b'[{}, ["hung"], ""]',
+])  # fmt: skip
+def test_what_is_no_answer_is_said_to_be_none(said):
+    with pytest.raises(ValueError, match="no answer"):
+        workers._answer(said)
+
+
+def test_a_process_that_left_the_group_is_ended_too():
+    pool = WorkerPool([spawn], workers=1)
+    (answer,) = ask(pool, "daemon")
+    child = int(answer.entries["child"])
+    assert alive(child)
+    pool.close()
+    assert wait_until(lambda: not alive(child))
+
+
 @pytest.mark.parametrize("end", ["close", "drop"])
 def test_nothing_is_left_behind(end):
     gc.collect()
@@ -185,23 +211,25 @@ def test_nothing_is_left_behind(end):
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     """A worker in an endless loop notices that the parent was killed: kill -9 runs no clean-up."""
     code = f"""
-import os, sys
+import os, subprocess, sys
 sys.path[:] = {sys.path!r}
 from reward_behaviors import behave, spawn
 
+from mlrl.rewards import workers
 from mlrl.rewards.workers import Call, WorkerPool
 def endless(completion, example):
-    open({str(tmp_path / "pid")!r}, "w").write(str(os.getpid()))
+    child = subprocess.Popen(["sleep", "100"])
+    open({str(tmp_path / "pid")!r}, "w").write(f"{{os.getpid()}} {{child.pid}} .")
     while True: pass
 WorkerPool([endless], timeout_seconds=100.0, workers=1).run([Call(0, 0, "", {{}})], max_failed_rows=1)
 """
     parent = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "JAX_PLATFORMS": "cpu"})
-    assert wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), 30.0)
-    worker = int((tmp_path / "pid").read_text())
-    assert alive(worker)
+    assert wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().endswith("."), 30.0)
+    worker, child, _ = (tmp_path / "pid").read_text().split()
+    assert alive(worker) and alive(child)
     parent.kill()
     parent.wait()
-    assert wait_until(lambda: not alive(worker))
+    assert wait_until(lambda: not alive(worker) and not alive(child))
 
 
 def test_works_again_after_close(pool):
