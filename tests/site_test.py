@@ -43,6 +43,7 @@ def test_a_docstring_is_shown_as_it_is_written(make_site):
 @pytest.mark.parametrize("path, uri", [
     ("README.md", "index.md"), ("docs/step.md", "step.md"), ("docs/report.png", "report.png"),
     ("experiments/README.md", "experiments/README.md"), ("mlrl/axes.py", "mlrl/axes.py.md"), ("LICENSE", "LICENSE.md"),
+    ("drills", "drills.md"),
 ])  # fmt: skip
 def test_a_file_has_a_place_and_is_found_from_it(make_site, path, uri):
     assert make_site.place(path) == uri
