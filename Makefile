@@ -59,7 +59,7 @@ lint: install
 
 # The documents as a site of files, into site/; a link that leads nowhere is an error.
 docs: install
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 
 report: install
 	$(BIN)/mlrl report $(RUN_DIR)

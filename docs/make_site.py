@@ -133,9 +133,8 @@ def origin(uri: str) -> str:
     """The file of the checkout that a page of the site was made of."""
     if uri == "index.md":
         return "README.md"
-    if (REPO / uri).is_file():
-        return uri
-    return uri.removesuffix(".md") if (REPO / uri.removesuffix(".md")).is_file() else f"docs/{uri}"
+    known = (f"docs/{uri}", uri, uri.removesuffix(".md"))
+    return next((path for path in known if (REPO / path).exists()), f"docs/{uri}")
 
 
 def links(path: str, text: str) -> Iterator[tuple[str, str]]:
@@ -152,14 +151,17 @@ def linked(first: list[str]) -> set[str]:
     while waiting:
         path = waiting.pop()
         for _, target in links(path, (REPO / path).read_text()) if path.endswith(".md") else ():
-            if target not in found and (REPO / target).is_file() and not target.startswith("docs/"):
+            if target not in found and (REPO / target).exists() and not target.startswith("docs/"):
                 found.add(target)
                 waiting.append(target)
     return found
 
 
 def shown(file: pathlib.Path) -> str:
-    """A file of code as a page."""
+    """A file of code as a page, or a folder as a list of its files."""
+    if file.is_dir():
+        names = sorted(path.name for path in file.iterdir() if path.is_file())
+        return f"# `{file.relative_to(REPO).as_posix()}/`\n\n" + "\n".join(f"- `{name}`" for name in names)
     return f"# `{file.relative_to(REPO).as_posix()}`\n\n````\n{file.read_text()}\n````\n"
 
 
@@ -192,7 +194,7 @@ def on_page_markdown(markdown, page, config, files):
 
     def moved(found: re.Match) -> str:
         target = targets.get(found[2])
-        if target is None or not (REPO / target).is_file():
+        if target is None or not (REPO / target).exists():
             return found[0]
         return found[1] + posixpath.relpath(place(target), posixpath.dirname(uri) or ".") + found[3]
 

@@ -43,6 +43,7 @@ def test_a_docstring_is_shown_as_it_is_written(make_site):
 @pytest.mark.parametrize("path, uri", [
     ("README.md", "index.md"), ("docs/step.md", "step.md"), ("docs/report.png", "report.png"),
     ("experiments/README.md", "experiments/README.md"), ("mlrl/axes.py", "mlrl/axes.py.md"), ("LICENSE", "LICENSE.md"),
+    ("drills", "drills.md"),
 ])  # fmt: skip
 def test_a_file_has_a_place_and_is_found_from_it(make_site, path, uri):
     assert make_site.place(path) == uri
@@ -57,7 +58,7 @@ def test_links_are_followed_out_of_the_documents(make_site):
 
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs", reason="the site needs mkdocs: pip install -e '.[docs]'")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     page = (tmp_path / "step.html").read_text()
