@@ -109,7 +109,8 @@ def not_as_written(path: str) -> str:
     """What the experiment binds otherwise than its file says; and whether its configuration means the same again."""
     _, config = main.load(path)
     bound = dict(_bindings(config))
-    for name, value in dict(_bindings(pathlib.Path(path).read_text())).items():
+    said = re.split(r"(?m)^include .*$", pathlib.Path(path).read_text())[-1]  # an include binds anew what was before
+    for name, value in dict(_bindings(said)).items():
         found = [v for n, v in bound.items() if n == name or n.endswith(f".{name}") or name.endswith(f".{n}")]
         if value not in found:
             return f"{name} is {value} in the file, and {found} in the configuration"

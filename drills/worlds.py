@@ -19,6 +19,8 @@ from mlrl import main, meshes, runs
 
 TIMES = ("seconds/", "tokens_per_second", "compilations")
 SHAPE = """
+from mlrl import meshes
+meshes.mesh.devices = 1
 transformer.Config.width = 16
 transformer.Config.layers = 1
 transformer.Config.heads = 2

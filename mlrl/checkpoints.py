@@ -60,13 +60,18 @@ def open_manager(folder: str | os.PathLike, *, keep_last: int = 2, keep_best: in
       read_only: for looking only: never writes, deletes or sets aside anything.
 
     Raises:
-      Refused: the folder cannot be made or written to, or keep_last is below 1.
+      Refused: the folder cannot be made or written to, or keep_last is below 1; read-only, if metrics are damaged.
     """
+    logging.getLogger("absl").addFilter(_not_raised_besides)
     if keep_last < 1:
         raise Refused(f"keep_last must be at least 1, got {keep_last}: a run without checkpoints cannot resume")
     folder = pathlib.Path(folder).absolute()
+    damaged = _damaged_metrics(folder)
+    if read_only and damaged:
+        raise Refused(f"{damaged[0]} is damaged: `mlrl train` on this run sets it aside, and loses nothing but a rank")
     if not read_only:
         require_writable(folder)
+        processes.by_first(lambda: _leave_out(damaged))
     with _orbax_silent():  # it warns that read-only folders are read-only
         options = ocp.CheckpointManagerOptions(
             create=not read_only,
@@ -76,6 +81,26 @@ def open_manager(folder: str | os.PathLike, *, keep_last: int = 2, keep_best: in
             cleanup_tmp_directories=not read_only,
         )
         return Manager(folder, ocp.CheckpointManager(folder, options=options), best_metric, read_only)
+
+
+def _damaged_metrics(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files of metrics that are no numbers by name; orbax would open no folder that has one."""
+    found = []
+    for path in folder.glob("*/metrics/metrics"):
+        try:
+            right = all(isinstance(value, int | float) for value in json.loads(path.read_text()).values())
+        except (OSError, ValueError, AttributeError):
+            right = False
+        found += [] if right else [path]
+    return found
+
+
+def _leave_out(damaged: list[pathlib.Path]) -> None:
+    """Sets damaged metrics aside: their steps are whole otherwise, and only have no rank."""
+    for path in damaged:
+        _log.warning("the metrics of checkpoint %s are damaged and left out: it has no rank", path.parent.parent)
+        with contextlib.suppress(OSError):
+            path.rename(path.with_name("unreadable"))
 
 
 def save(manager: Manager, step: int, state: TrainState, metrics: Mapping[str, float] = {}) -> bool:
@@ -244,6 +269,11 @@ class _LastAndBest:
 
 def _quality(metrics: Mapping[str, float] | None) -> float:
     return (metrics or {}).get("quality", -math.inf)
+
+
+def _not_raised_besides(record: logging.LogRecord) -> bool:
+    """Not so for the page of trace that orbax's threads log of an error which `save`, `wait` or `close` raises too."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 @contextlib.contextmanager

@@ -331,6 +331,8 @@ def _gin_words(path: str, error: Exception) -> str:
 
     if isinstance(error, SyntaxError):
         return f"{error.filename or path}:{error.lineno}: {error.msg} found {(error.text or '').strip()!r}"
+    if isinstance(error, RecursionError):
+        return f"{path}: a macro, or an include, leads back to itself: give it a value"
     if isinstance(error, UnicodeDecodeError):
         return f"{path}: a gin file is text in UTF-8, but byte {error.start} of it is none: save it as UTF-8"
     text = str(error)

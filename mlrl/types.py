@@ -42,7 +42,9 @@ class Refused(ValueError):
 def require_whole(noun: str, field: str, value: Any, lowest: int) -> None:
     """Raises Refused unless `value` is a whole number of at least `lowest`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-        raise Refused(f"{noun}.{field} must be a whole number of at least {lowest}, got {value!r}")
+        shown = repr(value)
+        shown = f"a {type(value).__name__}" if len(shown) > 80 or " at 0x" in shown else shown  # a function, a task
+        raise Refused(f"{noun}.{field} must be a whole number of at least {lowest}, got {shown}")
 
 
 def _check_leaf(noun: str, field: str, leaf: Any, shape: tuple[int | None, ...], kind: str) -> None:

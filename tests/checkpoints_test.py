@@ -205,6 +205,21 @@ def test_a_damaged_step_is_passed_over(tmp_path, caplog, damage):
     assert checkpoints.latest_step(tmp_path / "c") == 2
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[]", b'{"quality": "x"}'])
+def test_damaged_metrics_cost_a_step_its_rank_and_nothing_else(tmp_path, caplog, content):
+    checkpoints.close(saved(tmp_path / "c", [1, 2]))
+    (tmp_path / "c" / "2" / "metrics" / "metrics").write_bytes(content)
+    with pytest.raises(Refused, match="metrics/metrics is damaged: `mlrl train`"):
+        checkpoints.open_manager(tmp_path / "c", read_only=True)
+    with caplog.at_level(logging.WARNING, "mlrl"):
+        manager = checkpoints.open_manager(tmp_path / "c")
+    assert "c/2 are damaged and left out" in caplog.text and len(caplog.records) == 1
+    assert_bitwise(checkpoints.restore(manager, abstract(make_state(2))), make_state(2))
+    assert checkpoints.save(manager, 3, make_state(3), {"a": 1.0})
+    checkpoints.close(manager)
+    assert checkpoints.latest_step(tmp_path / "c") == 3
+
+
 def test_only_damaged_steps_are_refused(tmp_path):
     checkpoints.close(saved(tmp_path / "c", [4]))
     largest_file(tmp_path / "c" / "4" / "leaves").write_text("{")
@@ -275,6 +290,28 @@ def test_a_disk_that_takes_no_more_is_one_line_and_keeps_the_last_step(tmp_path,
     assert "\n" not in str(refusal.value)
     assert int(checkpoints.restore(manager, abstract(make_state())).step) == 1
     checkpoints.close(manager)
+
+
+FULL = """
+import resource, sys, jax.numpy as jnp
+from mlrl import checkpoints
+manager = checkpoints.open_manager(sys.argv[1])
+checkpoints.save(manager, 1, {"w": jnp.zeros(4)})
+checkpoints.wait(manager)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+try:
+    checkpoints.save(manager, 2, {"w": jnp.arange(1e5)})
+    checkpoints.close(manager)
+except checkpoints.Refused as refusal:
+    print(refusal)
+"""
+
+
+def test_a_disk_that_takes_no_more_in_the_background_prints_no_trace(tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).resolve().parent.parent), "XLA_FLAGS": ""}
+    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path / "c")], env=env, capture_output=True, text=True)
+    assert "larger than is allowed here (ulimit -f); step 1 is complete" in done.stdout, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_an_unwritable_folder_is_refused(tmp_path):

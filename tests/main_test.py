@@ -100,6 +100,8 @@ def assert_one_line(found, *words):
         ("online.Experiment.task = @puzzles.arithmetic\n", ("Experiment.task", "@arithmetic()")),
         ("online.Experiment.losses = @policy.ppo_clip\n", ("Experiment.losses", "tuple")),
         ("online.Experiment.losses = (@policy.ppo_clip(),)\n", ("write @ppo_clip without ()",)),
+        ("STEPS = %STEPS\n", ("my.gin", "leads back to itself")),
+        ("STEPS = @puzzles.arithmetic()\n", ("Experiment.num_steps", "got a Task")),
         ("online.Experiment.prompts_per_step = {}\n", ("Experiment.prompts_per_step", "whole number")),
         ("online.Experiment.advantage_fn = None\n", ("Experiment.advantage_fn must be a function", "None")),
         ("online.Experiment.reduction = 3\n", ("Experiment.reduction must be a function",)),

@@ -8,6 +8,7 @@ import os
 import pathlib
 import pickle
 import queue
+import secrets
 import select
 import signal
 import subprocess
@@ -54,7 +55,9 @@ class _Process:
 
     def __init__(self, settings: bytes, payload: bytes, startup_seconds: float):
         # A worker must never take the accelerator from the run it serves.
+        self.mark = f"MLRL_WORKER={os.getpid()}-{secrets.token_hex(8)}"
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        environment |= dict([self.mark.split("=")])
         self.process = subprocess.Popen(
             [sys.executable, "-P", str(_SCRIPT)],
             stdin=subprocess.PIPE,
@@ -97,7 +100,7 @@ class _Process:
 
     def kill(self) -> str:
         """Kills the process and all below it, closes both pipes, and says in words how the process ended."""
-        left = _below(self.process.pid)
+        left = _left(self.process.pid, self.mark)
         self.interrupt()  # before wait(): until the leader is reaped, the group's id is still ours
         for pid in left:
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -144,15 +147,20 @@ def _answer(data: bytes) -> tuple[dict[str, float], str, str]:
     return entries, reason, detail
 
 
-def _below(pid: int) -> list[int]:
-    """The processes that a worker's functions started, also those that left its group; Linux only."""
+def _left(pid: int, mark: str) -> list[int]:
+    """The processes that a worker's functions started, though they left its group or outlived it; Linux only.
+
+    They are below it, or have its mark in their environment.
+    """
     parents: dict[int, int] = {}
+    found = [pid]
     for name in filter(str.isdecimal, os.listdir("/proc") if os.path.isdir("/proc/self") else ()):
         with contextlib.suppress(OSError, ValueError, IndexError):
             parents[int(name)] = int(pathlib.Path("/proc", name, "stat").read_text().rpartition(")")[2].split()[1])
-    found = [pid]
+            if mark.encode() in pathlib.Path("/proc", name, "environ").read_bytes() and int(name) != pid:
+                found.append(int(name))
     for one in found:  # grows as it is read
-        found += [child for child, parent in parents.items() if parent == one]
+        found += [child for child, parent in parents.items() if parent == one and child not in found]
     return found[1:]
 
 

@@ -182,11 +182,17 @@ def test_what_is_no_answer_is_said_to_be_none(said):
         workers._answer(said)
 
 
-def test_a_process_that_left_the_group_is_ended_too():
+@pytest.mark.parametrize("end", ["close", "die"])
+def test_a_process_that_left_the_group_is_ended_too(end):
     pool = WorkerPool([spawn], workers=1)
     (answer,) = ask(pool, "daemon")
     child = int(answer.entries["child"])
     assert alive(child)
+    if end == "die":
+        os.kill(int(answer.entries["worker"]), signal.SIGKILL)
+        wait_until(lambda: not alive(int(answer.entries["worker"])))
+        assert ask(pool, "ok")[0].entries["reward"] == 0.0  # by a new worker; what the old one left ends before
+        assert wait_until(lambda: not alive(child))
     pool.close()
     assert wait_until(lambda: not alive(child))
 
