@@ -1,4 +1,4 @@
-# make install | quickstart | test | test-all | drills | bench | parity | pods | lint | report | lock | clean
+# make install | quickstart | test | test-all | drills | bench | parity | pods | lint | docs | report | lock | clean
 # VENV=DIR puts the environment elsewhere; PYTHON=python3.12 makes it with another interpreter.
 
 VENV ?= .venv
@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
-.PHONY: install quickstart test test-all drills bench parity parity-environment pods lint report lock clean
+.PHONY: install quickstart test test-all drills bench parity parity-environment pods lint docs report lock clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -57,6 +57,10 @@ pods: install
 lint: install
 	$(BIN)/ruff check .
 
+# The documents as a site of files, into site/; a link that leads nowhere is an error.
+docs: install
+	$(BIN)/mkdocs build --strict
+
 report: install
 	$(BIN)/mlrl report $(RUN_DIR)
 
@@ -66,5 +70,5 @@ lock:
 	  > requirements.lock.new && mv requirements.lock.new requirements.lock
 
 clean:
-	rm -rf .venv benchmarks/peers/.venv-tunix .libtpu .jax_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv benchmarks/peers/.venv-tunix .libtpu .jax_cache .pytest_cache .ruff_cache build dist site *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

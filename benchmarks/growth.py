@@ -55,7 +55,7 @@ def experiment(point: Point) -> online.Experiment:
     """The online experiment of a point; its advantage also knows groups of one."""
     model = shapes.Model(point.width, point.layers, 2, 1, point.width // 2, 3 * point.width, point.vocabulary)
     rows = shapes.Rows(point.rows // point.group, point.group, point.prompt, point.length, 0.0)
-    made = cases.experiment(model, rows, "", min(point.micro, point.rows))
+    made = cases.experiment(model, rows, "", shapes.Settings(min(point.micro, point.rows)))
     never = dataclasses.replace(made.task.vocabulary, eos_ids=(-1,))
     return dataclasses.replace(made, advantage_fn=advantages.task_relative,
                                task=dataclasses.replace(made.task, vocabulary=never))  # fmt: skip
@@ -76,7 +76,7 @@ def large_arrays(point: Point, parameters: int) -> int:
 
 def work(point: Point, turns: Turns) -> None:
     """A point's turns, in a process of its own."""
-    with meshes.use(cases.FIRST_DEVICE()):
+    with meshes.use(cases.mesh_of(shapes.Settings(point.micro))()):
         parts = online.prepare(experiment(point))
         cost = of_step(parts, online.programs(parts))
         parameters = parameter_count(parts.model.config)

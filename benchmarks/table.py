@@ -19,7 +19,10 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         "", "Every side is a process of its own; they take turns, one works at a time. Seconds are medians of "
         f"{' or '.join(map(str, repeats))} turns.",
         "The ratio is of mlrl's seconds to the other's in one round: its median and quartiles. Peak memory is that of",
-        "the whole process in its turns, libraries included. (r: of which rollout, where the other says so.)", "",
+        "the whole process in its turns, libraries included. (r: of which rollout, where the other says so.) A peer's",
+        "update is its step less its rollout; tunix's prefill is its sampler's call for one token. Each side has",
+        "the settings with which its step was the fastest of those tried (`run.TRIED`): rows of a micro-batch, and",
+        f"devices among which a CPU's cores and the rows are split. {_settings(results)}.", "",
         f"{m['device']}, {m['processor']}, {m['cores']} cores, load {m['load_before']:.1f} before; Python "
         f"{m['python']}, jax {m['jax']}, flax {m['flax']}{_versions(results)}. fp32 products reach at most "
         f"{results['ceiling_flops'] / 1e9:.0f} GFLOP/s ([2048,2048] by itself).", "",
@@ -32,6 +35,8 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         lines += ["", f"mlrl's whole step with full rows reaches this share of that ceiling: {', '.join(shares)}. The",
                   "step's products are counted by formula (`mlrl.costs`)."]  # fmt: skip
     lines += ["", "Not measured: GPUs, TPUs, several devices, bf16, and models above these sizes."]
+    unmeasured = "; ".join(results.get("unmeasured", []))
+    lines += [f"Of these comparisons not measured yet: {unmeasured}."] if unmeasured else []
     lines += [f"Left out: {name}: {why}" for name, why in results["missing"].items()]
     return "\n".join([*lines, ""])
 
@@ -50,6 +55,17 @@ def _lines(case: Mapping[str, Any]) -> list[str]:
         ]  # fmt: skip
         found.append(f"| {' | '.join(cells)} |")
     return found
+
+
+def _settings(results: Mapping[str, Any]) -> str:
+    """What the sides of the steps were set to."""
+    said = []
+    for case in results["cases"]:
+        if case["case"] == "step":
+            each = ", ".join(f"{side} {one['settings']['micro_batch_rows']} x {one['settings']['devices']}"
+                             for side, one in case["sides"].items())  # fmt: skip
+            said.append(f"{case['rows']}, {case['model']}: {each}")
+    return "; ".join(said) or "no step was measured"
 
 
 def judged(met: bool | None) -> str:

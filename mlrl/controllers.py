@@ -61,7 +61,10 @@ def controlled(*, function: Callable, knob: str, controller: Controller, observe
 
 
 def of(experiment: Any) -> dict[str, Controlled | StatefulAdvantage]:
-    """What has a state among an experiment's losses and its advantage function, by name."""
+    """What has a state among an experiment's losses and its advantage function, by name.
+
+    Raises: Refused, if two have one name.
+    """
     places = (*experiment.losses, getattr(experiment, "advantage_fn", None))
     found = [place for place in places if isinstance(place, Controlled | StatefulAdvantage)]
     names = [one.name for one in found]

@@ -16,6 +16,7 @@ def fixed(rates: Sequence[float] = ()) -> CurriculumFn:
 
     Args:
       rates: one number per source, in any scale; () takes the task's own rates.
+    Raises: Refused at the start, if they are not one for each source, negative, not finite or all 0.
     """
 
     def init(task: Task) -> Array:
@@ -34,6 +35,7 @@ def easy_to_hard(*, steps: int, rehearsal: float = 0.2) -> CurriculumFn:
     Args:
       steps: training steps until only the last source (and rehearsal) is left.
       rehearsal: between 0.0 and 1.0.
+    Raises: Refused, if steps is below 1 or rehearsal not in [0, 1].
     """
     if steps < 1:
         raise Refused(f"easy_to_hard: steps must be at least 1, got {steps}")

@@ -27,9 +27,16 @@ def warmup_then_cosine(*, peak: float, warmup_steps: int = 0, decay_steps: int, 
 
 def adamw(*, learning_rate: float | optax.Schedule = 1e-3, b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8,
           weight_decay: float = 0.0, max_grad_norm: float = 1.0) -> optax.GradientTransformation:  # fmt: skip
-    """AdamW after clipping the gradient's global norm; `max_grad_norm` 0.0 does not clip.
+    """AdamW after clipping the gradient's global norm.
 
-    Reference: Loshchilov and Hutter 2019. The decay applies to every parameter.
+    Args:
+      learning_rate: a number, or a schedule of optimizer steps.
+      b1: decay of the mean of gradients.
+      b2: decay of the mean of their squares.
+      eps: added to the root of that mean.
+      weight_decay: of every parameter, times the learning rate; 0.0: none.
+      max_grad_norm: the gradient's global norm is held at it; 0.0 does not clip.
+    Reference: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization".
     """
     adam = optax.inject_hyperparams(optax.adamw, static_args=("b1", "b2", "eps", "weight_decay"))(
         learning_rate=learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay

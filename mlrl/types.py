@@ -5,7 +5,14 @@ Shape letters, used in every docstring of the package:
     B  rows, B = N * G              L  row length, prompt and completion
     P  prompt columns               T  completion columns, L = P + T in a single turn
     V  vocabulary size              S  sources (tasks) in a mixture
-    D  model width                  K  key/value heads
+    D  model width                  C  stored completions of a prompt
+In models:
+    K  key/value heads              H  query heads to each of them
+    M  columns that are looked at   W  width of a head
+Elsewhere, as their docstrings say:
+    K  attempts, pairs, likeliest tokens   W  columns of what is no row (words, moves, symbols)
+    A  tokens of an answer or a move       O  tokens of what is observed
+    E  games that are played at once
 
 A row is one episode: the tokens in the order the model saw them. Prompts are padded on the left,
 so that the completions of a step share their columns; `valid` marks what is not padding. Masks come

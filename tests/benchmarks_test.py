@@ -79,39 +79,48 @@ def folders(tmp_path_factory):
     return made
 
 
-def lengths_of(folder, rows):
-    """How long the rows are that mlrl samples from a folder's weights, over a few steps."""
-    turn = cases.mlrl("decode", shapes.MODELS["tiny"], shapes.ROWS[rows], folder, 4)
+@pytest.fixture(scope="module")
+def decoding(folders):
+    """mlrl's turns of decode, by the name of the rows."""
+    model = shapes.MODELS["tiny"]
+    return {rows: cases.mlrl("decode", model, shapes.ROWS[rows], folders[rows], SETTINGS) for rows in folders}
+
+
+def lengths_of(turn):
+    """How long the rows are that are sampled in a few turns."""
     return np.concatenate([turn(number).action_mask.sum(axis=1) for number in range(40)])
 
 
-def test_weights_say_how_rows_end(folders):
-    assert set(lengths_of(folders["tiny"], "tiny")) == {6}
+def test_weights_say_how_rows_end(decoding):
+    assert set(lengths_of(decoding["tiny"])) == {6}
     share, six = 0.3, np.arange(6)
     wanted = float(np.sum((1 - share) ** six))  # the mean of a geometric length, cut at 6
-    assert lengths_of(folders["tinytail"], "tinytail").mean() == pytest.approx(wanted, rel=0.1)
+    assert lengths_of(decoding["tinytail"]).mean() == pytest.approx(wanted, rel=0.1)
 
 
-def test_bare_rows_end_as_mlrl_s_do(folders):
-    turn = cases.baseline("step", shapes.MODELS["tiny"], shapes.ROWS["tinytail"], folders["tinytail"], 4)
+def test_bare_rows_end_as_mlrl_s_do(folders, decoding):
+    turn = cases.baseline("step", shapes.MODELS["tiny"], shapes.ROWS["tinytail"], folders["tinytail"], SETTINGS)
     found = np.concatenate([turn(number)[2] for number in range(40)])
-    assert found.mean() == pytest.approx(lengths_of(folders["tinytail"], "tinytail").mean(), rel=0.15)
+    assert found.mean() == pytest.approx(lengths_of(decoding["tinytail"]).mean(), rel=0.15)
     assert found.min() == 1 and found.max() == 6
 
 
-@pytest.mark.parametrize("rows", ["tiny", "tinytail"])
-@pytest.mark.parametrize("case", ["decode", "prefill", "scoring", "update", "step"])
+SETTINGS = shapes.Settings(4)
+CASES = [("prefill", "tiny"), ("scoring", "tiny"), ("update", "tinytail"), ("step", "tiny")]  # decode: see `decoding`
+
+
+@pytest.mark.parametrize("case,rows", CASES)
 def test_every_case_runs_on_both_sides(case, rows, folders):
     for side in cases.SIDES.values():
-        turn = side(case, shapes.MODELS["tiny"], shapes.ROWS[rows], folders[rows], 4)
+        turn = side(case, shapes.MODELS["tiny"], shapes.ROWS[rows], folders[rows], SETTINGS)
         for number in range(2):
             assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(turn(number)) if x.dtype == float)
 
 
-def test_early_ends_are_refilled_and_cut_to_buckets(folders, monkeypatch):
+def test_early_ends_are_refilled_and_cut_to_buckets(folders, decoding, monkeypatch):
     """As the heavy tail's, whose rows are more than the slots; and the rows are those of a plain sampler."""
-    given = (shapes.MODELS["tiny"], shapes.ROWS["tinytail"], folders["tinytail"], 4)
-    plain = cases.mlrl("decode", *given)(0)
+    given = (shapes.MODELS["tiny"], shapes.ROWS["tinytail"], folders["tinytail"], SETTINGS)
+    plain = decoding["tinytail"](0)
     monkeypatch.setattr(cases, "SLOTS", 4)
     monkeypatch.setattr(cases, "BUCKETS", (2, 4))
     assert cases.experiment(*given).length_buckets == (2, 4, 6)
@@ -121,10 +130,9 @@ def test_early_ends_are_refilled_and_cut_to_buckets(folders, monkeypatch):
     assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
 
 
-def test_both_sides_score_alike(folders):
-    given = (shapes.MODELS["tiny"], shapes.ROWS["tiny"], folders["tiny"], 4)
-    rollout = cases.mlrl("decode", *given)(0)
-    params = weights.made(*given[:2])
+def test_both_sides_score_alike(decoding):
+    rollout = decoding["tiny"](0)
+    params = weights.made(shapes.MODELS["tiny"], shapes.ROWS["tiny"])
     found = update_baseline.log_probs(cases.bare(params), rollout.tokens, prompt_tokens=4)
     np.testing.assert_allclose(found, rollout.behavior_log_probs[:, 4:], atol=1e-4)
 
@@ -194,7 +202,7 @@ def test_the_fastest_micro_batch_is_taken():
 def summary(**seconds):
     turn = lambda s: {"seconds": s, "cpu_seconds": s, "peak_mib": 100.0 * s}
     found = {side.replace("_", " "): {"about": {}, "turns": list(map(turn, times))} for side, times in seconds.items()}
-    return comparing.summarized(found, dict.fromkeys(found, 16))
+    return comparing.summarized(found, dict.fromkeys(found, shapes.Settings(16)))
 
 
 def test_a_comparison_is_judged_by_the_median_of_paired_ratios():

@@ -50,19 +50,31 @@ def test_the_install_cell_does_nothing_where_mlrl_is(executed):
 
 
 def test_every_stage_trains(executed):
-    for words in ("run(offline, warm_up)", "(graph.arithmetic,", "(right_digits,", "(completions.per_completion("):
+    for words in ("run(offline, warm_up)", "run(online, experiment)"):
         assert "step 2/2" in printed(cell_with(executed, words)), words
 
 
 def test_curves_are_drawn_inline(executed):
     assert len(pictures(cell_with(executed, '"entropy")'))) == 1
-    assert len(pictures(cell_with(executed, 'draw(folders, "accuracy"'))) == 1
 
 
 def test_sampled_rows_are_shown_with_their_rewards(executed):
     lines = printed(cell_with(executed, "samples.jsonl")).splitlines()
     assert len(lines) == 8
     assert all(re.search(r"\d\+\d=.* reward [\d.]+   advantage [+-][\d.]+$", line) for line in lines), lines
+
+
+@pytest.mark.parametrize("executed", ["own_reward"], indirect=True)
+def test_own_rewards_are_tried_and_train(executed):
+    right, spoiled = printed(cell_with(executed, "spoiled = ")).splitlines()
+    assert right.split("reward")[1] == " [1. 1. 1. 1.]  outcome [1. 1. 1. 1.]"
+    assert spoiled.endswith("outcome [0. 0. 0. 0.]")
+    assert "'13': {'reward': 0.5, 'outcome': 0.0}" in printed(cell_with(executed, "def close"))
+    assert "step 2/2" in printed(cell_with(executed, "train(right_digits)"))
+    assert "step 2/2" in printed(cell_with(executed, "train(per_completion(close"))
+    shown = cell_with(executed, "seconds a step")
+    assert len(pictures(shown)) == 1 and printed(shown).count(" seconds a step") == 2
+    assert "'reward/close/outcome'" in printed(shown) and printed(shown).count("'unscored_share': 0.0") == 2
 
 
 @pytest.mark.parametrize("executed", ["self_play"], indirect=True)

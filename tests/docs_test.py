@@ -1,5 +1,6 @@
 """The README and docs/: their files are written out and prepared or trained, their links lead somewhere."""
 
+import ast
 import contextlib
 import json
 import pathlib
@@ -101,6 +102,56 @@ def test_links_and_named_files_exist():
         missing += [(page, path) for path in paths if not (REPO / path).exists()]
         modules = re.findall(r"`mlrl\.([\w.]+)`", prose)
         missing += [(page, name) for name in modules if not _module_or_attribute(name)]
+    assert missing == []
+
+
+def _strings_of_the_code():
+    """Every string that the package writes, with a NUL for what an f-string fills in."""
+    found = []
+    for path in sorted((REPO / "mlrl").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(v.value if isinstance(v, ast.Constant) else "\0" for v in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+STRINGS = _strings_of_the_code()
+
+
+def _is_logged(name):
+    """Whether the code has a string that comes to this name; <word> stands for any, ... for any end."""
+    if name.endswith("..."):
+        return any(string.startswith(name[:-3]) for string in STRINGS)
+    name = re.sub(r"<\w+>", "x", name)
+    patterns = (".+".join(map(re.escape, string.split("\0"))) for string in STRINGS if re.fullmatch(r"\S+", string))
+    return any(re.fullmatch(pattern, name) for pattern in patterns if re.search(r"\w", pattern.replace(".+", "")))
+
+
+def test_metrics_that_are_named_are_logged():
+    named = [(page, name) for page, text in TEXTS.items()
+             for name in re.findall(r"`([a-z_]+/[\w@<>/.]+)`", BLOCK.sub("", text))
+             if not (REPO / name.split("/")[0]).is_dir() and name.split("/")[0] not in ("runs", "tensorboard", "layers")
+             and not re.search(r"\.\w+$", name)]  # fmt: skip
+    assert len(named) > 20
+    assert [pair for pair in named if not _is_logged(pair[1])] == []
+    assert not _is_logged("ratio/middle") and not _is_logged("kll/...")
+
+
+def test_names_and_messages_that_are_quoted_are_those_of_the_code():
+    """Of the two pages that one reads with a run beside them: every name, and every phrase of three words or more."""
+    words = "\n".join(path.read_text() for folder in ("mlrl", "gin") for path in (REPO / folder).rglob("*.*")
+                      if path.suffix in (".py", ".gin"))  # fmt: skip
+    missing = []
+    for page in ("docs/debugging.md", "docs/reading.md"):
+        quoted = [" ".join(found.split()) for found in re.findall(r"`([^`]+)`", BLOCK.sub("", TEXTS[page]))]
+        names = [name for name in quoted if re.fullmatch(r"[a-zA-Z_.]+", name)]
+        missing += [name for name in names if not re.search(rf"\b{re.escape(name.split('.')[-1])}\b", words)]
+        phrases = [part.strip() for text in quoted if text.count(" ") > 3 and "=" not in text.split()[1:2]
+                   for part in re.split(r"\.\.\.|['(]|[\d.]+%?", text)]  # fmt: skip
+        phrases = [part for part in phrases if part.count(" ") >= 2]
+        missing += [part for part in phrases if not any(part in string for string in STRINGS)]
     assert missing == []
 
 

@@ -41,6 +41,16 @@ class Rows(NamedTuple):
         return self.prompts * self.group
 
 
+class Settings(NamedTuple):
+    """How a side does its work: rows of a micro-batch, and over how many of the machine's cores rows are split.
+
+    With one device a library's products use all cores by themselves.
+    """
+
+    micro_batch_rows: int
+    devices: int = 1
+
+
 MODELS = {
     "tiny": Model(32, 1, 2, 1, 16, 64),
     "d128x2": Model(128, 2, 4, 2, 32, 384),

@@ -1,6 +1,9 @@
-"""TRL's turns, in TRL's environment: whole steps of its GRPOTrainer, or `generate` of transformers.
+"""TRL's turns, in TRL's environment: whole steps of its GRPOTrainer, or a part of them.
 
-    python trl_side.py CASE MODEL ROWS FOLDER MICRO_BATCH_ROWS
+Decode is `generate` of transformers; prefill and scoring are forward passes as the trainer makes them; update is a
+whole step less its rollout, which is generation, rewards and advantages.
+
+    python trl_side.py CASE MODEL ROWS FOLDER MICRO_BATCH_ROWS DEVICES
 """
 
 import os
@@ -20,6 +23,7 @@ import transformers
 import trl
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
+from trl.trainer.utils import selective_log_softmax
 
 TURNS = 10_000  # more than anybody asks for
 VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__}
@@ -41,8 +45,8 @@ def reward(completion_ids, **_):
 class TakeTurns(transformers.TrainerCallback):
     """Makes the trainer wait before each step, and answers after it."""
 
-    def __init__(self, turns, parts):
-        self._turns, self._parts, self._start = turns, parts, None
+    def __init__(self, turns, parts, only_update):
+        self._turns, self._parts, self._only_update, self._start = turns, parts, only_update, None
 
     def on_step_begin(self, args, state, control, **_):
         if state.global_step == 1:
@@ -55,7 +59,9 @@ class TakeTurns(transformers.TrainerCallback):
 
     def on_step_end(self, args, state, control, **_):
         if state.global_step > 1:
-            self._turns.done(time.perf_counter() - self._start, parts=dict(self._parts))
+            seconds = time.perf_counter() - self._start
+            left_out = self._parts["rollout"] if self._only_update else 0.0
+            self._turns.done(seconds - left_out, parts={} if self._only_update else dict(self._parts))
 
 
 def timed(parts, name, function):
@@ -70,7 +76,7 @@ def timed(parts, name, function):
     return call
 
 
-def steps(turns, model, rows, folder, micro_batch_rows):
+def steps(turns, model, rows, folder, micro_batch_rows, only_update):
     """Whole steps: generation, reward, and one optimizer step on all rows."""
     ids = [row for turn in range(64) for row in shapes.prompt_ids(rows, model, turn)]
     prompts = Dataset.from_list([{"prompt": " ".join(map(str, row))} for row in ids])
@@ -85,7 +91,7 @@ def steps(turns, model, rows, folder, micro_batch_rows):
     parts = {}
     trainer = trl.GRPOTrainer(
         model=loaded(folder), reward_funcs=reward, args=settings, train_dataset=prompts,
-        processing_class=tokenizer_of(model), callbacks=[TakeTurns(turns, parts)],
+        processing_class=tokenizer_of(model), callbacks=[TakeTurns(turns, parts, only_update)],
     )  # fmt: skip
     trainer._generate_and_score_completions = timed(parts, "rollout", trainer._generate_and_score_completions)
     trainer.train()
@@ -94,6 +100,30 @@ def steps(turns, model, rows, folder, micro_batch_rows):
 def loaded(folder):
     """The weights that all sides start from, in fp32."""
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def prompts_of(rows, model, number):
+    """The prompts of a turn, each as often as its group has rows: [B,P]."""
+    return torch.tensor(shapes.prompt_ids(rows, model, number)).repeat_interleave(rows.group, dim=0)
+
+
+def forward(turns, model, rows, folder, micro_batch_rows, scored):
+    """Prefill, all rows at once, to their keys and values; or, by micro-batches, the log-probs of completions."""
+    policy = loaded(folder).eval()
+    completions = torch.tensor([[shapes.FIRST + (row + 5 * column) % (model.vocabulary - shapes.FIRST)
+                                 for column in range(rows.new_tokens)] for row in range(rows.count)])  # fmt: skip
+
+    def turn(number):
+        ids = prompts_of(rows, model, number)
+        with torch.no_grad():
+            if not scored:
+                policy(ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1)
+                return
+            for piece in torch.cat([ids, completions], dim=1).split(micro_batch_rows):
+                logits = policy(piece, attention_mask=torch.ones_like(piece), logits_to_keep=rows.new_tokens + 1).logits
+                selective_log_softmax(logits[:, :-1], piece[:, rows.prompt_tokens :])
+
+    turns.serve(turn, **VERSIONS)
 
 
 def decoding(turns, model, rows, folder):
@@ -105,7 +135,7 @@ def decoding(turns, model, rows, folder):
     )  # fmt: skip
 
     def turn(number):
-        ids = torch.tensor(shapes.prompt_ids(rows, model, number)).repeat_interleave(rows.group, dim=0)
+        ids = prompts_of(rows, model, number)
         with torch.no_grad():
             out = policy.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
         assert rows.ending or out.shape == (rows.count, rows.prompt_tokens + rows.new_tokens)
@@ -113,13 +143,15 @@ def decoding(turns, model, rows, folder):
     turns.serve(turn, **VERSIONS)
 
 
-def main(case, model, rows, folder, micro_batch_rows):
+def main(case, model, rows, folder, micro_batch_rows, devices):
     turns = protocol.Turns()
     given = (turns, shapes.MODELS[model], shapes.ROWS[rows], pathlib.Path(folder))
-    if case == "step":
-        steps(*given, int(micro_batch_rows))
-    else:
+    if case in ("step", "update"):
+        steps(*given, int(micro_batch_rows), only_update=case == "update")
+    elif case == "decode":
         decoding(*given)
+    else:
+        forward(*given, int(micro_batch_rows), scored=case == "scoring")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
-"""tunix's turns, in tunix's environment: whole steps of its GRPOLearner, or its vanilla sampler.
+"""tunix's turns, in tunix's environment: whole steps of its GRPOLearner, or a part of them.
 
-    python tunix_side.py CASE MODEL ROWS FOLDER MICRO_BATCH_ROWS
+Decode is its vanilla sampler, and prefill the same for one new token; scoring is what its learner calls for log-probs;
+update is a whole step less its rollout.
+
+    python tunix_side.py CASE MODEL ROWS FOLDER MICRO_BATCH_ROWS DEVICES
 """
 
 import os
@@ -20,7 +23,7 @@ from flax import nnx
 from tunix.generate import sampler
 from tunix.models.llama3 import model as llama
 from tunix.models.llama3 import params as llama_params
-from tunix.rl import rl_cluster
+from tunix.rl import common, rl_cluster
 from tunix.rl.grpo import grpo_learner
 from tunix.rl.rollout import base_rollout
 
@@ -66,7 +69,7 @@ def loaded(model, folder, mesh):
     return llama_params.create_model_from_safe_tensors(folder, config, mesh, dtype=jnp.float32)
 
 
-def steps(turns, model, rows, folder, micro_batch_rows, mesh):
+def steps(turns, model, rows, folder, micro_batch_rows, mesh, only_update):
     """Whole steps: generation, reward, one optimizer step on all rows. The learner asks for its prompts in turns."""
     policy = loaded(model, folder, mesh)
     roles = (rl_cluster.Role.ACTOR, rl_cluster.Role.REFERENCE, rl_cluster.Role.ROLLOUT)
@@ -101,7 +104,11 @@ def steps(turns, model, rows, folder, micro_batch_rows, mesh):
             start = time.perf_counter()
             yield {"prompts": np.asarray(texts(rows, model, number))}
             learned(cluster)
-            turns.done(time.perf_counter() - start, parts=dict(parts))
+            seconds = time.perf_counter() - start
+            if only_update:
+                turns.done(seconds - parts["rollout"])
+            else:
+                turns.done(seconds, parts=dict(parts))
         os._exit(0)  # the learner would go on to write its metrics
 
     learner.train(prompts())
@@ -122,29 +129,45 @@ def timed(parts, generate):
     return call
 
 
-def decoding(turns, model, rows, folder, mesh):
-    """The sampler alone, with a cache that is no longer than the rows: every row has a prompt, as it wants them."""
-    cache = sampler.CacheConfig(rows.prompt_tokens + rows.new_tokens, model.layers, model.kv_heads, model.head_width)
-    sample = sampler.Sampler(loaded(model, folder, mesh), Ids(), cache)
+def scoring(turns, model, rows, folder, mesh):
+    """Log-probs of completions of all rows at once, as the learner asks for them."""
+    graph, state = nnx.split(loaded(model, folder, mesh))
+    at = np.arange(rows.count)[:, None] + 5 * np.arange(rows.new_tokens)
+    completions = jnp.asarray(shapes.FIRST + at % (model.vocabulary - shapes.FIRST), jnp.int32)
 
     def turn(number):
-        out = sample([text for text in texts(rows, model, number) for _ in range(rows.group)],
-                     max_generation_steps=rows.new_tokens, max_prompt_length=rows.prompt_tokens, temperature=1.0,
-                     top_p=1.0, seed=number, eos_tokens=[shapes.EOS])  # fmt: skip
-        assert rows.ending or {len(tokens) for tokens in out.tokens} == {rows.new_tokens}
+        prompts = jnp.repeat(jnp.asarray(shapes.prompt_ids(rows, model, number), jnp.int32), rows.group, axis=0)
+        found = common.compute_per_token_logps(graph, state, prompts, completions, shapes.PAD, shapes.EOS)
+        jax.block_until_ready(found)
 
     turns.serve(turn, **VERSIONS)
 
 
-def main(case, model, rows, folder, micro_batch_rows):
+def decoding(turns, model, rows, folder, mesh, new_tokens):
+    """The sampler alone, with a cache that is no longer than the rows: every row has a prompt, as it wants them."""
+    cache = sampler.CacheConfig(rows.prompt_tokens + new_tokens, model.layers, model.kv_heads, model.head_width)
+    sample = sampler.Sampler(loaded(model, folder, mesh), Ids(), cache)
+
+    def turn(number):
+        out = sample([text for text in texts(rows, model, number) for _ in range(rows.group)],
+                     max_generation_steps=new_tokens, max_prompt_length=rows.prompt_tokens, temperature=1.0,
+                     top_p=1.0, seed=number, eos_tokens=[shapes.EOS])  # fmt: skip
+        assert rows.ending or {len(tokens) for tokens in out.tokens} == {new_tokens}
+
+    turns.serve(turn, **VERSIONS)
+
+
+def main(case, model, rows, folder, micro_batch_rows, devices):
     turns = protocol.Turns()
-    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[: int(devices)]).reshape(-1, 1), ("fsdp", "tp"))
     given = (turns, shapes.MODELS[model], shapes.ROWS[rows], folder)
     with mesh:
-        if case == "step":
-            steps(*given, int(micro_batch_rows), mesh)
+        if case in ("step", "update"):
+            steps(*given, int(micro_batch_rows), mesh, only_update=case == "update")
+        elif case == "scoring":
+            scoring(*given, mesh)
         else:
-            decoding(*given, mesh)
+            decoding(*given, mesh, new_tokens=1 if case == "prefill" else shapes.ROWS[rows].new_tokens)
 
 
 if __name__ == "__main__":

@@ -27,13 +27,24 @@ def last_value(batch: Batch) -> Array:
 
 
 def reinforce(batch: Batch, *, discount: float = 1.0) -> Pair:
-    """Reward-to-go, without any baseline."""
+    """Reward-to-go, without any baseline: `returns.reward_to_go`.
+
+    Args:
+        batch: reads rewards, mask.
+        discount: per action.
+
+    Reference: Williams 1992, "Simple Statistical Gradient-Following Algorithms" (REINFORCE).
+    """
     to_go = along.reward_to_go(reward_tokens(batch), batch.mask, discount=discount)
     return to_go, to_go
 
 
 def reinforce_pp(batch: Batch, *, discount: float = 1.0) -> Pair:
     """REINFORCE++: reward-to-go, whitened over the tokens of the batch.
+
+    Args:
+        batch: reads rewards, mask.
+        discount: per action.
 
     Reference: Hu 2025, "REINFORCE++". Its KL goes into the reward: `kl_in_reward`.
     """
@@ -111,6 +122,8 @@ def macro_gae(
 
     Returns:
         (advantages, returns).
+
+    Reference: Chai et al. 2024, "MA-RLHF".
     """
     return along.macro_gae(
         reward_tokens(batch),
@@ -136,6 +149,10 @@ def turn_level(
     alone: Callable[[Array, Array], Array] = groups.alone_zero,
 ) -> Pair:
     """Each turn's reward-to-go, relative to the same turn of the group's other rows.
+
+        A_k = (G_k - baseline) / (scale + eps),   G_k = sum over turns s >= k of discount^(s - k) r_s
+
+    Every action of turn k gets A_k.
 
     Args:
         batch: reads rollout.turn.

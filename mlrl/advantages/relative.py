@@ -50,6 +50,8 @@ def grpo(
 def rloo(batch: Batch) -> Pair:
     """Score minus the mean of the group's other rows; a row alone gets 0.
 
+        A_i = R_i - sum over j != i of R_j / (n - 1),   n scored rows in the group
+
     Reference: Ahmadian et al. 2024, "Back to Basics".
     """
     return grpo(batch, baseline=groups.leave_one_out_mean, scale=groups.no_scale, eps=0.0)

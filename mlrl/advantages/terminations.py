@@ -38,7 +38,10 @@ def turns(batch: Batch) -> Array:
 
 
 def fixed_chunks(batch: Batch, *, tokens: int = 5) -> Array:
-    """Chunks of so many actions, counted from the start of each run of actions; the last of a run may be shorter."""
+    """Chunks of so many actions, counted from the start of each run of actions; the last of a run may be shorter.
+
+    Raises: Refused, unless tokens is a whole number of at least 1.
+    """
     require_whole("fixed_chunks", "tokens", tokens, 1)
     index = along.count_before(batch.mask)
     first = jax.lax.cummax(jnp.where(_interrupted(batch), index, 0), axis=1)
@@ -51,6 +54,8 @@ def random_chunks(batch: Batch, *, lengths: Sequence[int] = (1, 2, 3, 5, 10), se
     The draw is a function of seed, policy_version and the row's own actions: it differs between steps, and between
     different completions, and is the same whenever the row is seen again. The authors shuffle a list that holds each
     length equally often, and what is left of the row when it is used up is one chunk.
+
+    Raises: Refused, unless there are lengths, all whole numbers of at least 1.
     """
     for length in lengths or (0,):
         require_whole("random_chunks", "lengths", length, 1)
@@ -75,6 +80,8 @@ def after_tokens(batch: Batch, *, ids: Sequence[int]) -> Array:
     Args:
         batch: reads rollout.tokens.
         ids: of the tokens, such as `spelled`(vocabulary, text=" ,;") gives.
+
+    Raises: Refused, without any.
     """
     if not len(ids):
         raise Refused("after_tokens.ids is empty: name the tokens that end a chunk, or choose whole_sequence")

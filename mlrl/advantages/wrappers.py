@@ -18,7 +18,10 @@ def whitened(
 
 
 def without_outliers(batch: Batch, *, advantage_fn: AdvantageFn, limit: float = 3.0, ddof: int = 1) -> Pair:
-    """Any advantages, whitened, with those beyond +-limit standard deviations set to 0 (StableReinforce's filter)."""
+    """Any advantages, whitened, with those beyond +-limit standard deviations set to 0 (StableReinforce's filter).
+
+    Reference: Zhang et al. 2025, "R1-Reward".
+    """
     advantages, returns = whitened(batch, advantage_fn=advantage_fn, ddof=ddof)
     return jnp.where(jnp.abs(advantages) <= limit, advantages, 0.0), returns
 
@@ -44,6 +47,8 @@ def kl_in_reward(
 
     Returns:
         (advantages, returns).
+
+    Reference: Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", with k1.
     """
     if isinstance(kl_coef, (int, float)) and kl_coef == 0:
         return advantage_fn(batch)

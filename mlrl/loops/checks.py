@@ -37,6 +37,7 @@ from mlrl.types import (
     Rewards,
     Rollout,
     Scores,
+    StatefulAdvantage,
     Task,
     Vocabulary,
     require_whole,
@@ -60,7 +61,7 @@ def nouns(experiment: Any) -> None:
             raise Refused(f"Experiment.{name} must be a {wanted}, got {shown}{hint}")
     for field in dataclasses.fields(experiment):
         value, named = getattr(experiment, field.name), field.name.endswith("_fn") and field.name != "reward_fn"
-        if (named or callable(field.default)) and not callable(value):
+        if (named or callable(field.default)) and not (callable(value) or isinstance(value, StatefulAdvantage)):
             raise Refused(f"Experiment.{field.name} must be a function, as @module.name, got {value!r}")
     for name in ("num_steps", "num_rounds", "minibatches", "epochs", "prompts_per_step", "prompts_per_round",
                  "rows_per_step", "group_size"):

@@ -19,6 +19,8 @@ def _minus_log_sigmoid(x: Array) -> Array:
 def logistic(chosen: Array, rejected: Array, *, label_smoothing: float = 0.0) -> Array:
     """DPO: -log sigmoid(margin), with labels flipped with probability `label_smoothing` (conservative DPO).
 
+        (1 - e) l(margin) + e l(-margin),   l(x) = -log sigmoid(x), margin = chosen - rejected, e = label_smoothing
+
     Reference: Rafailov et al. 2023; Mitchell 2023 for the smoothing.
     """
     margin = chosen - rejected
@@ -27,6 +29,8 @@ def logistic(chosen: Array, rejected: Array, *, label_smoothing: float = 0.0) ->
 
 def robust(chosen: Array, rejected: Array, *, label_smoothing: float = 0.1) -> Array:
     """rDPO: what conservative DPO becomes when the noise of the labels is taken out without bias; not bounded below.
+
+        ((1 - e) l(margin) - e l(-margin)) / (1 - 2 e),   l(x) = -log sigmoid(x), e = label_smoothing < 1/2
 
     Reference: Chowdhury et al. 2024, "Provably Robust DPO".
     """
@@ -51,14 +55,22 @@ def exo(chosen: Array, rejected: Array, *, label_smoothing: float = 1e-3) -> Arr
 
 
 def nca(chosen: Array, rejected: Array) -> Array:
-    """Noise contrastive alignment: the chosen reward also has a ceiling. Reference: Chen et al. 2024 (NCA)."""
+    """Noise contrastive alignment: the chosen reward also has a ceiling.
+
+        l(chosen) + (l(-chosen) + l(-rejected)) / 2,   l(x) = -log sigmoid(x)
+
+    Reference: Chen et al. 2024 (NCA).
+    """
     return (
         _minus_log_sigmoid(chosen) + 0.5 * _minus_log_sigmoid(-chosen) + 0.5 * _minus_log_sigmoid(-rejected)
     )
 
 
 def bco(chosen: Array, rejected: Array) -> Array:
-    """Binary classifier: chosen and rejected each by itself. Reference: Jung et al. 2024. Left out: its shift."""
+    """Binary classifier, chosen and rejected each by itself: -log sigmoid(chosen) - log sigmoid(-rejected).
+
+    Reference: Jung et al. 2024. Left out: its shift.
+    """
     return _minus_log_sigmoid(chosen) + _minus_log_sigmoid(-rejected)
 
 
@@ -70,18 +82,27 @@ def sppo(chosen: Array, rejected: Array) -> Array:
 def apo_zero(chosen: Array, rejected: Array) -> Array:
     """APO for chosen rows better than the policy's own: raises chosen, lowers rejected.
 
+        sigmoid(-chosen) + sigmoid(rejected)
+
     Reference: D'Oosterlinck et al. 2024, "Anchored Preference Optimization".
     """
     return jax.nn.sigmoid(-chosen) + jax.nn.sigmoid(rejected)
 
 
 def apo_down(chosen: Array, rejected: Array) -> Array:
-    """APO for chosen rows worse than the policy's own: lowers chosen, and rejected more. Reference: as `apo_zero`."""
+    """APO for chosen rows worse than the policy's own: lowers chosen, and rejected more.
+
+        sigmoid(chosen) + sigmoid(rejected - chosen)
+
+    Reference: as `apo_zero`.
+    """
     return jax.nn.sigmoid(chosen) + jax.nn.sigmoid(rejected - chosen)
 
 
 def discopop(chosen: Array, rejected: Array, *, temperature: float = 0.05) -> Array:
-    """A blend of the logistic and the exponential loss by sigmoid(margin / temperature).
+    """A blend of the logistic and the exponential loss by s = sigmoid(margin / temperature).
+
+        (1 - s) * -log sigmoid(margin) + s * exp(-margin)
 
     The exponent is held at 20, for the rows that are no pair.
 

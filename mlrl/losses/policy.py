@@ -108,7 +108,7 @@ def gspo_token(
     """GSPO's token form: the row's ratio in value, each token's own gradient: s_t = sg(s) p_t / sg(p_t).
 
     Equals `gspo` in value and gradient when a row's advantages are equal; otherwise each token has its own.
-    Arguments as in `gspo`.
+    Arguments and reference as in `gspo`.
     """
     lr = _log_ratio(scores, batch)
     row = jax.lax.stop_gradient(importance.sequence_mean(lr, batch.mask))

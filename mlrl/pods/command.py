@@ -127,6 +127,7 @@ def _program(r: Result) -> list[str]:
 
 
 def in_bytes(count: float) -> str:
+    """A size in the unit that fits, such as 3.02 MiB."""
     return _in_units(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
 
 
@@ -135,6 +136,7 @@ def _flops(count: float) -> str:
 
 
 def in_seconds(seconds: float | None) -> str:
+    """A time in the unit that fits, such as 16.7 us; "unknown" for None."""
     if seconds is None:
         return "unknown"
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms" if seconds >= 1e-3 else (

@@ -30,6 +30,8 @@ def truncation(correct: Reward, *, target_tokens: int, wrong: float = -0.5) -> R
     """1 for a right answer of at most `target_tokens` tokens; `wrong` for all others, right or not.
 
     What a context of that length would do to rows that do not fit, without cutting them.
+
+    Raises: Refused, unless target_tokens is a whole number of at least 1.
     """
     require_whole("truncation", "target_tokens", target_tokens, 1)
 
@@ -51,6 +53,7 @@ def laser(correct: Reward, *, target_tokens: int, bonus: float = 0.5, wrong: flo
       bonus: alpha.
       wrong: what a wrong answer earns.
     Returns: a RewardFn with the parts `laser` and `laser/within` (the share of rows within the target).
+    Raises: Refused, unless target_tokens is a whole number of at least 1.
     Reference: Liu et al. 2025, "Learn to Reason Efficiently with Adaptive Length-based Reward Shaping". Left out: the
       -1 of answers without the tags of its prompt; add `shipped.format_tags` for it.
     """
@@ -137,6 +140,7 @@ def self_rewarded_efficiency(correct: Reward, *, beta: float = 0.2, eps: float =
 
         score = [right] * (1 + beta * (1 - (length - shortest) / (longest - shortest + eps)))
 
+    Raises: Refused, if beta is negative.
     Reference: ours, after the abstract of Self-Rewarded Efficiency RL (arXiv 2506.15647), which says that correct
       answers are rewarded more where they are concise. The paper's own formula and constants were not at hand.
     """
@@ -187,7 +191,10 @@ def targets_of(below: Array, rows: Array, longest: Array, ladder: Array, expecte
 
 
 def repeats(rollout: Rollout, *, ngram: int = 4, times: int = 3) -> Array:
-    """Whether some `ngram` successive actions of a row occur, overlaps included, at least `times` times. [B] bool."""
+    """Whether some `ngram` successive actions of a row occur, overlaps included, at least `times` times. [B] bool.
+
+    Raises: Refused, unless ngram is a whole number of at least 1, and times of at least 2.
+    """
     require_whole("repeats", "ngram", ngram, 1)
     require_whole("repeats", "times", times, 2)
     tokens, mask = jnp.asarray(rollout.tokens), jnp.asarray(rollout.action_mask)

@@ -158,7 +158,10 @@ def _numbers(value: Any, name: str) -> Array:
 
 
 def as_rewards(value: Any, rollout: Rollout, name: str) -> Rewards:
-    """Rewards from what an in-graph function returned: [B], [B,L], or a mapping with entry "reward"; see `in_graph`."""
+    """Rewards from what an in-graph function returned: [B], [B,L], or a mapping with entry "reward"; see `in_graph`.
+
+    Raises: Refused, with the reward's name, if it is none of these.
+    """
     mask = rollout.action_mask
     rows, length = mask.shape
     entries = dict(value) if isinstance(value, Mapping) else {"reward": value}

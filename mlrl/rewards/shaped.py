@@ -32,6 +32,7 @@ def par(reward: Reward, *, steepness: float = 1.0, seed: int = 0) -> RewardFn:
       steepness: k.
       seed: of the reference's answers.
     Returns: a RewardFn with the parts `par`, `par/raw` and `par/reference` (the proxy of the reference's answers).
+    Raises: Refused, unless steepness is above 0.
     Reference: Fu et al. 2025, "Reward Shaping to Mitigate Reward Hacking in RLHF". Departure: theirs are 10 answers of
       a prompt that are sampled once and kept. Left out: a penalty of 0.01 for each token beyond 300, which all their
       arms have (`graph.overlong` is one), and the KL in the reward (`advantages.kl_in_reward`).

@@ -89,6 +89,7 @@ def result_of(job: Job, said: dict[str, Any], cpu_seconds: int) -> Result:
 
 
 def message_of(line: bytes) -> Answer:
+    """The answer in a line of the channel; one that the sandbox did not write has the status "died"."""
     try:
         message = json.loads(line)
         status, detail = message["status"], str(message.get("detail", ""))
@@ -101,4 +102,5 @@ def message_of(line: bytes) -> Answer:
 
 
 def without_answers(job: Job, status: str, detail: str) -> Result:
+    """The result of a job that was never run, or whose process said nothing: every expression has this status."""
     return Result(status, detail, (Answer(status, None, detail),) * len(job.expressions), "", 0.0)
