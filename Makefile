@@ -34,7 +34,7 @@ test: install
 test-all: install
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
-# What must not break, tried many times: hours, and cut it goes on where it was; SHORT=1: about a minute, as CI does.
+# What must not break, tried many times: hours, and cut it goes on where it was; SHORT=1: a few trials of each.
 drills: install
 	JAX_PLATFORMS=cpu $(BIN)/python -m drills $(if $(SHORT),--short)
 

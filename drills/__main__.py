@@ -2,7 +2,7 @@
 
     python -m drills                   the full form of all, hours; cut and called again, it goes on
     python -m drills kills --count 20  one drill, and so many trials of it
-    python -m drills --short           a few trials of each, about a minute, as CI does; writes nothing
+    python -m drills --short           a few trials of each, in minutes, as CI does; writes nothing
     python -m drills files --only 17   one trial again
 
 Writes results.json beside this file and docs/reliability.md; a drill alone renews its own rows there. The exit status

@@ -90,4 +90,4 @@ def warnings() -> Iterator[list[str]]:
 DAMAGE = Drill(
     "damage", "The last checkpoint of a run gets a flipped bit, or loses a file, a part of one or a folder; then the "
     "run is started again. Its state at the end is bitwise that of the undisturbed run: the damage is said in one line "
-    "and the checkpoint before is used, or the damaged byte mattered to nothing.", 50, 3, 120.0, prepared)  # fmt: skip
+    "and the checkpoint before is used, or the damaged byte mattered to nothing.", 50, 2, 120.0, prepared)  # fmt: skip

@@ -197,5 +197,5 @@ def close(found: Any, wanted: Any) -> str:
 ENDS = Drill(
     "ends", "A run is told to end (SIGTERM), or has a full disk, a limit of file sizes or a read-only folder, or loses "
     "one or all of its four processes, at a random step. It says in one line what happened, and started again as it "
-    "should be, it ends as the undisturbed run does: bitwise with one process, up to rounding with four.", 30, 2, 300.0,
+    "should be, it ends as the undisturbed run does: bitwise with one process, up to rounding with four.", 30, 1, 300.0,
     prepared)  # fmt: skip

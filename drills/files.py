@@ -127,4 +127,4 @@ def _quiet() -> Iterator[None]:
 FILES = Drill(
     "files", "A gin file, a file of data rows, a tokenizer or a Hugging Face folder gets one to three mistakes at "
     "random. It is refused in one line, or accepted and holds what it says: its bindings, rows, ids or tensors are "
-    "those that another reader finds. Never a trace, never more than 30 s.", 1000, 40, 30.0, prepared)  # fmt: skip
+    "those that another reader finds. Never a trace, never more than a minute.", 1000, 12, 60.0, prepared)  # fmt: skip

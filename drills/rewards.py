@@ -90,4 +90,4 @@ REWARDS = Drill(
     "rewards", "A handful of completions is judged by host rewards of which one to three are broken or hostile, of "
     f"{len(BEHAVIOURS)} kinds: they raise, hang, loop, die, crash, flood, start processes, return nonsense. Each row "
     "says what was wrong with it, right rows have their reward, the call is over in its time, and no process and no "
-    "descriptor is left.", 100, 12, 60.0, prepared)  # fmt: skip
+    "descriptor is left.", 100, 6, 60.0, prepared)  # fmt: skip
