@@ -124,4 +124,4 @@ SOAK = Drill(
     "soak", "A run of many steps, with rewards in the graph and with rewards on the host. After its first fifth the "
     f"memory of its processes grows by at most {MOST_GROWTH:.0%} (or {SPARE_MIB:g} MiB), descriptors do not "
     f"grow, tokens a second do not fall below {LEAST_SPEED:.0%}, and nothing is compiled.", 2, 1, 7200.0, prepared,
-    (2000, 60))  # fmt: skip
+    (2000, 150))  # fmt: skip
