@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from mlrl import meshes, scoring
 from mlrl import prompts as prompts_lib
+from mlrl.controllers import Controlled
 from mlrl.evaluation import AnyEvaluation, Evaluation, completions
 from mlrl.evaluation_attempts import AttemptsEvaluation, pairs
 from mlrl.evaluation_games import Match
@@ -61,7 +62,8 @@ def nouns(experiment: Any) -> None:
             raise Refused(f"Experiment.{name} must be a {wanted}, got {shown}{hint}")
     for field in dataclasses.fields(experiment):
         value, named = getattr(experiment, field.name), field.name.endswith("_fn") and field.name != "reward_fn"
-        if (named or callable(field.default)) and not (callable(value) or isinstance(value, StatefulAdvantage)):
+        usable = callable(value) or isinstance(value, Controlled | StatefulAdvantage)
+        if (named or callable(field.default)) and not usable:
             raise Refused(f"Experiment.{field.name} must be a function, as @module.name, got {value!r}")
     for name in ("num_steps", "num_rounds", "minibatches", "epochs", "prompts_per_step", "prompts_per_round",
                  "rows_per_step", "group_size"):

@@ -142,7 +142,7 @@ def test_mistakes_are_refused_before_compiling():
     cases = [
         ({"prompts_per_round": 20}, "20 does not divide into chunks of prompts_per_step = 8"),
         ({"rows_per_step": 65}, "rows_per_step is 65, but a round has 64 rows"),
-        ({"num_rounds": 0}, "num_rounds must be at least 1"),
+        ({"num_rounds": 0}, "num_rounds must be a whole number of at least 1"),
         ({"micro_batch_rows": 5}, "12 rows does not divide into micro_batch_rows = 5"),
         ({"sampling": Sampling(temperature=0.0)}, "greedy"),
         ({"select_fn": lambda batch: batch.rewards.outcome}, r"must return bool\[64\].*got float32\[64\]"),

@@ -182,7 +182,7 @@ def test_what_cannot_work_together_is_refused_before_compiling():
         ({"sampling": Sampling(temperature=0.0)}, "greedy"),
         ({"minibatches": 5}, "32 rows do not divide into minibatches = 5"),
         ({"group_size": 1}, "every advantage would be 0"),
-        ({"num_steps": 0}, "num_steps must be at least 1"),
+        ({"num_steps": 0}, "num_steps must be a whole number of at least 1"),
         ({"model": Config(vocabulary_size=5)}, "vocabulary_size is 5"),
         ({"mesh": functools.partial(meshes.mesh, devices=3)}, "do not divide over 3 devices"),
         ({"mesh": functools.partial(meshes.mesh, devices=99)}, "only 8 devices"),
