@@ -18,11 +18,6 @@ def test_every_arm_has_a_file():
             assert (REPO / "experiments" / "spiral" / f"{game}_{arm}.gin").is_file()
 
 
-def test_parts_of_a_curve():
-    curve = {0: 5.0, 60: 3.0, 80: 1.0, 100: 2.0}
-    assert [compare.number(curve, part) for part in ("first", "last", "late")] == [5.0, 2.0, 1.5]
-
-
 @pytest.mark.slow
 def test_a_tiny_study_makes_a_table_and_a_plot(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(REPO)

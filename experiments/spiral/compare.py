@@ -10,20 +10,16 @@ that was cut is begun again.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import pathlib
-import pickle
 import shutil
 import time
 from typing import Any
 
-import jax
-import numpy as np
-
 from experiments.study import shown, t_interval
-from mlrl import main, runs
+from experiments.trained import number, read, started
+from mlrl import main
 from mlrl.loops import online, seeds
 
 ARMS = ("role", "shared", "none", "fixed")
@@ -91,41 +87,6 @@ def run(folder: pathlib.Path, game: str, arm: str, count: int, overrides: dict[s
         one.mkdir(parents=True)
     seeds.train([seeds.Variant(online.prepare(experiments[0]), experiments, folders)])
     (own / "done.json").write_text(json.dumps({"minutes": (time.time() - began) / 60}))
-
-
-def started(experiment: online.Experiment, path: pathlib.Path) -> online.Experiment:
-    """The experiment, begun from the parameters in `path`: its own warm start, made once for all arms of a seed."""
-    if not path.is_file():
-        parts = online.prepare(experiment)
-        began = time.time()
-        params = experiment.start(parts.model, jax.random.key(1000 + experiment.seed))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(pickle.dumps(jax.device_get(params)))
-        print(f"{path.stem}: {time.time() - began:.0f} s", flush=True)
-    params = pickle.loads(path.read_bytes())
-    recording = runs.Recording(save_every_steps=0, samples_every_steps=0)
-    return dataclasses.replace(
-        experiment, start=lambda model, key: jax.tree.map(jax.numpy.asarray, params), recording=recording)  # fmt: skip
-
-
-def read(folder: pathlib.Path) -> list[dict[str, dict[int, float]]]:
-    """{metric: {step: value}} of each seed."""
-    found = []
-    for path in sorted(folder.glob("seed_*/metrics.jsonl")):
-        metrics: dict[str, dict[int, float]] = {}
-        for line in map(json.loads, path.read_text().splitlines()):
-            for name, value in line.items():
-                metrics.setdefault(name, {})[line["step"]] = value
-        found.append(metrics)
-    return found
-
-
-def number(curve: dict[int, float], part: str) -> float:
-    """Of a curve: its "first" or "last" value, or the mean over the "late" quarter of the steps."""
-    steps = sorted(curve)
-    if part == "late":
-        return float(np.mean([curve[step] for step in steps if step > 0.75 * steps[-1]]))
-    return curve[steps[0] if part == "first" else steps[-1]]
 
 
 def table(game: str, arms: dict[str, list[dict[str, Any]]]) -> list[str]:
