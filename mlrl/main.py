@@ -283,6 +283,7 @@ def load(path: str, overrides: dict[str, str] | None = None) -> tuple[Any, str]:
         gin.parse_config_file(path)
         gin.parse_config([_override(name, value) for name, value in (overrides or {}).items()])
         gin.finalize()
+        _refuse_lost(path)
         if not gin.config_str() or ("", "mlrl.main.run") not in gin.config._CONFIG:
             raise Refused(f"{path} binds no experiment: it needs main.run.experiment = @online.Experiment()")
         config = gin.config_str(max_line_length=110)
@@ -424,6 +425,50 @@ def _refuse_unused() -> None:
             shown = f"{scope}/{selector}.{name}" if scope else f"{selector}.{name}"
             raise Refused(f"nothing uses the binding {shown}: remove it, or name @{selector.split('.', 1)[1]} "
                           "where the experiment takes it, in the scope of the binding")  # fmt: skip
+
+
+def _refuse_lost(path: str) -> None:
+    """Refuses a binding above an include that binds the same: gin would take the included one and say nothing."""
+    from mlrl.types import Refused
+
+    own = list(_statements(path))
+    for i, (line, key, value, _) in enumerate(own):
+        after = own[i + 1 :]
+        if key and all(other != key for _, other, _, _ in after):
+            for name in (included for _, _, _, included in after if included):
+                if _bound_by(name).get(key, value) != value:
+                    raise Refused(f"{path}:{line}: {name}, which is included below, binds {key} again: move this line "
+                                  "below the include")  # fmt: skip
+
+
+def _bound_by(path: str) -> dict[str, Any]:
+    """What a gin file and those that it includes bind."""
+    found = {}
+    for _, key, value, included in _statements(path):
+        found |= _bound_by(included) if included else {key: value}
+    return found
+
+
+def _statements(path: str) -> Iterator[tuple[int, str, Any, str]]:
+    """(line, what is bound, its value, "") or (line, "", None, file) of each binding and include of a gin file."""
+    import gin
+
+    class AsText(gin.config_parser.ParserDelegate):
+        def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> str:
+            return f"@{scoped_configurable_name}{'()' if evaluate else ''}"
+
+        def macro(self, macro_name: str) -> str:
+            return f"%{macro_name}"
+
+    where = (pathlib.Path(folder, path) for folder in ("", PACKAGE.parent, PACKAGE))
+    text = next((file.read_text() for file in where if file.is_file()), "")
+    for one in gin.config_parser.ConfigParser(text, AsText()):
+        line = one.location.line_num
+        if isinstance(one, gin.config_parser.IncludeStatement):
+            yield line, "", None, one.filename
+        elif isinstance(one, gin.config_parser.BindingStatement):
+            named = ".".join([*one.selector.split(".")[-2:], *([one.arg_name] if one.arg_name else [])])
+            yield line, f"{one.scope}/{named}".lstrip("/"), one.value, ""
 
 
 def _override(name: str, value: str) -> str:
