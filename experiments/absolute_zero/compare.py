@@ -2,8 +2,8 @@
 
     python -m experiments.absolute_zero.compare FOLDER [--seeds 5] [--arms absolute_zero ...] [--gin.STEPS=100 ...]
 
-An arm is NAME.gin of this folder. All arms of a seed start from the same warm-started parameters. Runs that are done
-are kept and not done again; one that was cut is begun again.
+An arm is NAME.gin of this folder. All runs start from the same warm-started parameters, those of seed 0: a base model.
+Runs that are done are kept and not done again; one that was cut is begun again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def compare() -> None:
     arguments, rest = parser.parse_known_args()
     overrides = dict(word.removeprefix("--gin.").split("=", 1) for word in rest)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    for seed in range(arguments.seeds):
+    for seed in range(arguments.seeds):  # seed by seed, so that what is cut is fair to all arms
         for arm in arguments.arms:
             run(arguments.folder, arm, seed, overrides)
     found = {arm: read(arguments.folder / arm) for arm in arguments.arms}
@@ -52,7 +52,7 @@ def run(folder: pathlib.Path, arm: str, seed: int, overrides: dict[str, str]) ->
     shutil.rmtree(own, ignore_errors=True)
     own.mkdir(parents=True)
     file = f"experiments/absolute_zero/{arm}.gin"
-    experiment = started(main.load(file, overrides | {"SEED": str(seed)})[0], folder / f"warm-{seed}.pickle")
+    experiment = started(main.load(file, overrides | {"SEED": str(seed)})[0], folder / "warm.pickle")
     began = time.time()
     with runs.Run(own, experiment.recording) as one:
         online.train(experiment, one)
