@@ -1,5 +1,6 @@
 """The report: one safe and self-contained page, whose numbers are those of the run folders."""
 
+import html
 import json
 import math
 import pathlib
@@ -201,16 +202,45 @@ def test_the_summary_is_a_short_table(tmp_path):
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
+def opened(page, folder, width, script):
+    """The page as a browser has it once its scripts have run, and `script` after them."""
+    watched = pathlib.Path(folder, "watched.html")
+    watch = f"<script>addEventListener('error', e => document.title = 'FAILED ' + e.message);{script}</script><style>"
+    watched.write_text(page.read_text().replace("<style>", watch, 1))
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
+               "--disable-background-networking", "--disable-component-update", "--virtual-time-budget=10000",
+               "--allow-file-access-from-files", f"--window-size={width},800",
+               f"--user-data-dir={folder / 'profile'}", "--dump-dom", watched.as_uri()]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine to open the page in")
+@pytest.mark.parametrize("width", [390, 1280], ids=["phone", "desk"])
+def test_runs_lie_over_each_other_on_a_phone_and_on_a_desk(tmp_path, width):
+    folders = [make_run(tmp_path / f"quick-seed{seed}", seed=seed, offset=seed / 10) for seed in range(3)]
+    folders.append(make_run(tmp_path / "slow", rate=0.01))
+    page = report.write_report(folders, tmp_path / "r.html")
+    # A window is never narrower than a browser's least: a frame is as narrow as it is told.
+    frame = tmp_path / "frame.html"
+    frame.write_text(f'<style></style><body><iframe src="{page.as_uri()}" width="{width}" height="800"></iframe>')
+    script = """addEventListener('load', () => setTimeout(() => {
+        const page = frames[0].document, plot = page.querySelectorAll('svg[role="img"]')[1], box = page.documentElement;
+        document.title = JSON.stringify({wide: box.scrollWidth - box.clientWidth, width: box.clientWidth,
+          inside: plot.getBoundingClientRect().right <= box.clientWidth, words: page.body.textContent,
+          bands: plot.querySelectorAll('path[opacity="0.18"]').length,
+          lines: plot.querySelectorAll('path[stroke-width="1.8"]').length})}, 500))"""
+    dom = opened(frame, tmp_path, 1400, script)
+    found = json.loads(html.unescape(re.search("<title>(.*?)</title>", dom, re.S)[1]))
+    words = found.pop("words")
+    assert width - 20 <= found.pop("width") <= width
+    assert found == {"wide": 0, "inside": True, "bands": 1, "lines": 2}  # rewards: one run alone has no interval
+    assert "-adam.learning_rate = 0.1" in words and "+adam.learning_rate = 0.01" in words
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine to open the page in")
 def test_a_real_browser_draws_it_without_a_complaint(tmp_path):
     page = report.write_report([make_run(tmp_path / "a", completion=EVIL)], tmp_path / "r.html")
-    watched = pathlib.Path(tmp_path / "watched.html")
-    watch = "<script>addEventListener('error', e => document.title = 'FAILED ' + e.message)</script><style>"
-    watched.write_text(page.read_text().replace("<style>", watch, 1))
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
-               "--disable-background-networking", "--disable-component-update", "--virtual-time-budget=2000",
-               f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", watched.as_uri()]  # fmt: skip
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    dom = opened(page, tmp_path, 1280, "")
     assert "<title>a - mlrl report</title>" in dom
     assert dom.count('role="img"') == 5  # greedy, reward, accuracy, grad_norm with its gap, lengths
     assert 'class="mono">length/mean</span> 4<' in dom  # what never changes is told in words
