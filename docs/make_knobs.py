@@ -11,10 +11,14 @@ import importlib
 import inspect
 import pathlib
 import re
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from mlrl.loops import online
+# This working tree, not that of an install.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from mlrl.loops import online  # noqa: E402
 
 CLASSES = (
     "mlrl.loops.online.Experiment", "mlrl.loops.iterated.Experiment", "mlrl.loops.offline.Experiment",

@@ -125,6 +125,7 @@ class Parts:
     reads: frozenset[str]
     unit: int = 1  # rows that are drawn together: a group, where a loss compares its rows
     prompt_columns: int = 0  # the width of the prompts
+    rows: tuple = ()  # shapes of a chunk's prompts, rows and rewards, once they are known
 
     def stateful(self) -> dict[str, Any]:
         """First states of the curriculum and the reward, and the first configuration."""
@@ -256,6 +257,7 @@ def prepare(experiment: Experiment) -> Parts:
     checks.rewards_work(parts.reward, experiment.task)
     checks.evaluations_work(experiment.evaluations)
     prompts, rollout, rewards = stages.abstract_rows(parts)
+    parts = dataclasses.replace(parts, rows=(prompts, rollout, rewards))
     batch = jax.eval_shape(unannotated, rollout, rewards)
     losses, advantage_fn = stages.bound(parts, controllers.initial(experiment))
     read = functools.partial(checks.what_is_read, batch=batch, vocabulary_size=model.config.vocabulary_size)

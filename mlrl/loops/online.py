@@ -158,6 +158,7 @@ class Parts:
     reward: RewardFn
     reads: frozenset[str]  # the fields that losses, advantage and selection look at: nothing else is computed
     unit_rows: int = 1  # of a group that a loss compares
+    rows: tuple = ()  # shapes of a step's prompts, rows and rewards, once they are known
 
     def stateful(self) -> dict[str, Any]:
         """First states of the curriculum and the reward."""
@@ -195,6 +196,7 @@ def prepare(experiment: Experiment) -> Parts:
     checks.rewards_work(parts.reward, experiment.task)
     checks.evaluations_work(experiment.evaluations)
     prompts, rollout, rewards = stages.abstract_rows(parts)
+    parts = dataclasses.replace(parts, rows=(prompts, rollout, rewards))
     batch = jax.eval_shape(unannotated, rollout, rewards)
     losses, advantage_fn = stages.bound(parts, controllers.initial(experiment))
     reads = checks.what_is_read(losses, (advantage_fn, experiment.select_fn), batch, model.config.vocabulary_size)

@@ -217,6 +217,8 @@ def models(parts: Parts, state: TrainState) -> Models:
 
 def abstract_rows(parts: Any) -> tuple[Prompts, Rollout, Rewards]:
     """Shapes and dtypes of `prompts_per_step` prompts, of the rows sampled for them, and of their rewards."""
+    if parts.rows:
+        return parts.rows
     experiment = parts.experiment
     weights = jnp.asarray(experiment.task.rates, jnp.float32)
     draw = lambda: prompts_lib.draw(experiment.task, jax.random.key(0), 0, experiment.prompts_per_step, weights)  # noqa: E731
