@@ -6,12 +6,16 @@ caller's choice; the two columns differ:
 
     estimator          value                                gradient, as a loss on the policy's own samples
     k1                 unbiased, can be negative            zero in expectation: use it in rewards
-    k2                 biased, non-negative                 the unbiased gradient of the KL
+    k2                 biased, non-negative                 the unbiased gradient of each token's KL
     k3                 unbiased, non-negative               biased (that of the forward KL, at small distances alike)
     absolute           biased, non-negative                 sign only
     k3_with_k2_grad    k3                                   k2
 
-Reference: Schulman 2020, "Approximating KL Divergence".
+A token's KL is that of its own distribution given the tokens before it. As a loss, none of these tells a token what it
+does to the KL of later ones, which is part of the gradient of a row's KL; `advantages.kl_in_reward` does.
+
+Reference: Schulman 2020, "Approximating KL Divergence"; Tang and Munos 2025, "On a few pitfalls in KL divergence
+gradient estimation for RL" (arXiv 2506.09477).
 """
 
 from __future__ import annotations

@@ -29,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("mlrl: stopped; `mlrl train` on the same folder goes on from its last checkpoint", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read what is printed, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:
         if arguments.debug:
             raise

@@ -178,7 +178,8 @@ def task_relative(batch: Batch, *, eps: float = 1e-8) -> Pair:
 
         A = (R - m) / sqrt(v + eps),   m = sum(n_i R_i) / sum(n_i),   v = sum(n_i (R_i - m)^2) / sum(n_i)
 
-    over the rows i of that role, with n_i actions: long rows weigh more, as in the authors' code.
+    over the rows i of that role, with n_i actions: long rows weigh more, as in the authors' code,
+    whose variance has one less below.
 
     Args:
         batch: rows of rollout.role in any numbers, such as those of rollouts.propose_and_solve.

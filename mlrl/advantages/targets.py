@@ -22,7 +22,7 @@ def trajectory_balance(batch: Batch, *, kl_coef: float = 1.0) -> Pair:
     Returns:
         (advantages, returns).
 
-    Reference: Malkin et al. 2022; Zhang et al. 2023 (VarGrad).
+    Reference: Malkin et al. 2022; Richter et al. 2020 (VarGrad); Zhang et al. 2023.
     """
     log_ratio = importance.log_ratio(batch.old_log_probs, batch.reference_log_probs, batch.mask)
     residual = reductions.row_sum(log_ratio, batch.mask) - row_scores(batch) / kl_coef
@@ -35,7 +35,8 @@ def kto(batch: Batch, *, threshold: float = 0.5, reference_role: int = 0) -> Pai
 
     z0 = max(0, mean of sum_t(old_log_probs - reference_log_probs)) over the rows of role `reference_role`, computed
     over the whole batch. The authors take it on mismatched pairs of prompt and completion: give such rows a role of
-    their own, scored=False so that they stay out of the loss, and name that role here.
+    their own, scored=False so that they stay out of the loss, and name that role here. No task of mlrl makes such rows
+    yet; the default takes the rows that are learned from.
 
     Args:
         batch: reads old_log_probs, reference_log_probs, rewards.outcome.

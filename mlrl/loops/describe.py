@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -27,14 +28,17 @@ def mebibytes(count: float) -> str:
     return f"{count / 2**20:,.1f} MiB"
 
 
-def the_update(experiment: Any, rows: int) -> str:
-    """Minibatches, epochs and micro-batches of a step of `rows` rows, in words."""
+def the_update(experiment: Any, rows: int, reads: Collection[str] = ()) -> str:
+    """Minibatches, epochs and micro-batches of a step of `rows` rows, in words, and if they leave clips idle."""
     each = rows // experiment.minibatches
     steps = experiment.epochs * experiment.minibatches
     micro = experiment.micro_batch_rows
     pieces = f", in micro-batches of {micro}" if micro and micro != each else ""
+    unclipped = ""
+    if steps == 1 and "Batch.old_log_probs" in reads and not getattr(experiment, "steps_ahead", 0):
+        unclipped = "; its ratio to the policy that sampled is 1, so that nothing is clipped"
     return (f"{experiment.epochs} epoch(s) x {experiment.minibatches} minibatch(es) = {steps} optimizer step(s) of "
-            f"{each} rows{pieces}")  # fmt: skip
+            f"{each} rows{pieces}{unclipped}")  # fmt: skip
 
 
 def the_refill(experiment: Any, rows: int) -> list[str]:

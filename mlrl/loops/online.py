@@ -449,7 +449,7 @@ def describe(parts: Parts) -> str:
         "task": f"{task.name}: {', '.join(task.sources)}",
         "a step": [f"{n} prompts x {g} completions = {rows} rows of {width} + {columns - width} columns, "
                    f"at most {rows * (columns - width):,} sampled tokens",
-                   *describe_.the_refill(experiment, rows), describe_.the_update(experiment, rows)],
+                   *describe_.the_refill(experiment, rows), describe_.the_update(experiment, rows, parts.reads)],
         "a run": f"{experiment.num_steps:,} steps, {experiment.num_steps * rows:,} rows, "
                  f"{experiment.num_steps * n / sum(task.sizes):.2f} epochs of {sum(task.sizes):,} prompts",
         "model": describe_.the_model(parts.model.config, state),

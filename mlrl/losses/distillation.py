@@ -153,7 +153,8 @@ def teacher_kl(
 ) -> tuple[Array, Metrics]:
     """Reverse KL to a teacher on the student's own tokens, the teacher being the reference model.
 
-    loss = kl_coef * sum(weights * gate * estimator(log_probs - reference_log_probs)). k2 has the unbiased gradient.
+    loss = kl_coef * sum(weights * gate * estimator(log_probs - reference_log_probs)). k2 has the unbiased gradient
+    of each token's KL (`mlrl.divergences`).
     With no other loss it is on-policy distillation; beside a policy loss it is KDRL.
 
     Args:

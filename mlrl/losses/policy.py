@@ -120,7 +120,10 @@ def gspo_token(
 def cispo(
     scores: Scores, batch: Batch, *, clip_low: float = 1.0, clip_high: float = 0.2
 ) -> tuple[Array, Metrics]:
-    """CISPO: REINFORCE with a clipped, constant importance weight: `surrogates.clipped_weight`. Arguments as there."""
+    """CISPO: REINFORCE with a clipped, constant importance weight: `surrogates.clipped_weight`. Arguments as there.
+
+    MiniMax-M1 does not say its clip_high; 0.2 is verl's example, and ScaleRL caps the weight at 5 (clip_high = 4).
+    """
     lr = _log_ratio(scores, batch)
     log_probs = jnp.where(batch.mask, scores.log_probs, 0.0)
     result = surrogates.clipped_weight(log_probs, lr, _advantages(batch), clip_low=clip_low, clip_high=clip_high)
@@ -131,7 +134,7 @@ def reinforce(scores: Scores, batch: Batch) -> tuple[Array, Metrics]:
     """REINFORCE: -A log p, on-policy, no ratio; reads no old log-probs.
 
     GPG is this with `advantages.grpo(scale=no_scale)` on rows that `selection.with_spread` keeps: the shrunken
-    denominator is the paper's alpha.
+    denominator is the paper's alpha, which counts rows, where lengths do not depend on the group.
 
     Args:
         scores: of the current policy.
@@ -150,7 +153,10 @@ def reinforce(scores: Scores, batch: Batch) -> tuple[Array, Metrics]:
 def sapo(
     scores: Scores, batch: Batch, *, temperature_positive: float = 1.0, temperature_negative: float = 1.05
 ) -> tuple[Array, Metrics]:
-    """SAPO's soft gate instead of a clip: `surrogates.soft_gate`. Arguments as there."""
+    """SAPO's soft gate instead of a clip: `surrogates.soft_gate`. Arguments as there.
+
+    Reduce by `reductions.sequence_mean_token_mean`.
+    """
     lr = _log_ratio(scores, batch)
     result = surrogates.soft_gate(
         lr,
@@ -259,7 +265,8 @@ def trajectory_balance(scores: Scores, batch: Batch) -> tuple[Array, Metrics]:
     Returns:
         (loss, {"loss/policy"}).
 
-    Reference: Malkin et al. 2022, "Trajectory Balance"; Zhang et al. 2023 (VarGrad). Left out: a learned log Z and
+    Reference: Malkin et al. 2022, "Trajectory Balance"; Richter et al. 2020 (VarGrad), used so by Zhang et al. 2023;
+    Bartoldson et al. 2025, "Trajectory Balance with Asynchrony" (arXiv 2503.18929). Left out: a learned log Z and
     the backward policy, which is 1 for text written left to right.
     """
     moved = reductions.row_sum(_raw_log_ratio(scores, batch), batch.mask)

@@ -65,8 +65,9 @@ def kl_by_turn(
     """`kl_penalty` with a coefficient for each turn: sum(kl_coefs[turn] * weights * estimator(log-ratio)).
 
     SCoRe's stage I holds the first attempt at the initial model by a large kl_coefs[0]. With
-    `reductions.sequence_mean_token_sum` it is the KL of an attempt, summed over its tokens. In expectation k2 has the
-    gradient of KL(policy || reference) for rows that the policy has just sampled.
+    `reductions.sequence_mean_token_sum` it is the KL of an attempt, summed over its tokens. For rows that the policy
+    has just sampled k2 has the gradient of each token's KL(policy || reference), given the tokens before it; what a
+    token does to the KL of later ones is left out (`mlrl.divergences`).
 
     Args:
         scores: of the current policy.

@@ -80,7 +80,8 @@ def step_labels(scores: Scores, batch: Batch) -> tuple[Array, Metrics]:
 
     Args:
         scores: reads values.
-        batch: the mask marks the columns that carry a label (the last token of each step, say), rewards.tokens holds
+        batch: the mask marks the columns that carry a label (the token behind each step, whose value is of
+            the state in which the step has ended), rewards.tokens holds
             the labels in [0, 1] there. Reduce by token_mean for a mean over steps.
 
     Returns:

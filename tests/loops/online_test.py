@@ -200,7 +200,10 @@ def test_the_description_says_what_a_step_is():
     text = online.describe(online.prepare(worlds.sums()))
     assert "8 prompts x 4 completions = 32 rows" in text
     assert "1 epoch(s) x 2 minibatch(es) = 2 optimizer step(s) of 16 rows" in text
+    assert "nothing is clipped" not in text
     assert "arithmetic 1" in text  # the reward of a demonstration
+    assert "the policy that sampled is 1, so that nothing is clipped" in online.describe(
+        online.prepare(worlds.sums(minibatches=1)))  # fmt: skip
 
 
 def test_a_reward_that_turns_nan_in_the_run_stops_it(tmp_path):
