@@ -203,6 +203,17 @@ def test_the_episodes_of_the_docs_train(name, shown, folder, capsys):
         assert [line["controller/role_conditioned/0"] == 0 for line in lines if "loss" in line] == [True, False]
 
 
+def test_the_page_of_methods_is_that_of_the_gin_files(monkeypatch):
+    monkeypatch.syspath_prepend(REPO / "docs")
+    import make_methods
+
+    page = make_methods.methods_page()
+    assert page == (REPO / "docs" / "methods.md").read_text(), "run python docs/make_methods.py"
+    headings = [line.removeprefix("## ") for line in page.splitlines() if line.startswith("## ")]
+    assert sorted(headings) == sorted(path.stem for path in (REPO / "gin" / "methods").glob("*.gin"))
+    assert "Made of [grpo](#grpo), [`policy.cispo`](../mlrl/losses/policy.py)" in page
+
+
 def test_the_table_of_knobs_is_that_of_the_code(monkeypatch):
     monkeypatch.syspath_prepend(REPO / "docs")
     import make_knobs
