@@ -1,4 +1,5 @@
-"""Makes docs/methods.md from the files of gin/methods: `python docs/make_methods.py`. A test holds that it is up to date.
+"""Makes docs/methods.md from the files of gin/methods: `python docs/make_methods.py`. A test holds that it is
+up to date.
 
 What a method is, and what of its paper is left out, is what its file says at its head; what it is made of are the
 functions that the file names.
@@ -20,8 +21,8 @@ LOOPS = {"online": "Online: every step samples rows, rewards them and learns fro
          "offline": "Offline: rows that are stored"}  # fmt: skip
 HEAD = """# Methods
 
-Made from [gin/methods](../gin/methods) by `python docs/make_methods.py`. A method is a short file that names its functions:
-their docstrings hold the equations and the papers. Take one by `include 'gin/methods/NAME.gin'`, change it by binding
+Made from [gin/methods](../gin/methods) by `python docs/make_methods.py`. A method is a short file that names its
+functions: their docstrings hold the equations and the papers. Take one by `include 'gin/methods/NAME.gin'`, change it by binding
 what it binds below the include; [your_own_method.md](your_own_method.md) shows how a paper becomes one.
 """
 
@@ -50,11 +51,12 @@ def of_method(path: pathlib.Path) -> str:
     words = " ".join(line.removeprefix("#").strip() for line in text.split("from __gin__")[0].splitlines())
     base = re.findall(r"include 'gin/methods/(\w+)\.gin'", text)
     made = [*(f"[{name}](#{name})" for name in base), *functions(text)]
-    return f"## {path.stem}\n\n{words.strip()}\n\nMade of {', '.join(made)}: [{path.name}](../gin/methods/{path.name}).\n"
+    file = f"[{path.name}](../gin/methods/{path.name})"
+    return f"## {path.stem}\n\n{words.strip()}\n\nMade of {', '.join(made)}: {file}.\n"
 
 
 def functions(text: str) -> list[str]:
-    """The functions that a gin file names, each with a link to the file that defines it, in the order of their names."""
+    """The functions that a gin file names, each with a link to the file that defines it, by name."""
     modules = {}
     for package, name in re.findall(r"^from (mlrl[\w.]*) import (\w+)$", text, re.M):
         modules[name] = importlib.import_module(f"{package}.{name}")
