@@ -22,8 +22,8 @@ LOOPS = {"online": "Online: every step samples rows, rewards them and learns fro
 HEAD = """# Methods
 
 Made from [gin/methods](../gin/methods) by `python docs/make_methods.py`. A method is a short file that names its
-functions: their docstrings hold the equations and the papers. Take one by `include 'gin/methods/NAME.gin'`, change it by binding
-what it binds below the include; [your_own_method.md](your_own_method.md) shows how a paper becomes one.
+functions: their docstrings hold the equations and the papers. Take one by `include 'gin/methods/NAME.gin'`, change it
+by binding what it binds below the include; [your_own_method.md](your_own_method.md) shows how a paper becomes one.
 """
 
 
