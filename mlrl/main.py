@@ -424,6 +424,8 @@ def _refuse_unused() -> None:
             if selector == "gin.macro":
                 close = difflib.get_close_matches(scope, [s for s, kind, _ in used if kind == "gin.macro"], n=1)
                 hint = f"; did you mean {close[0]}?" if close else ""
+                for other in {selector.rpartition(".")[2] for _, selector, name in used if name == scope}:
+                    hint = f"; did you mean {other}.{scope}?"
                 raise Refused(f"nothing uses the macro {scope}: remove it, or refer to it as %{scope}{hint}")
             shown = f"{scope}/{selector}.{name}" if scope else f"{selector}.{name}"
             raise Refused(f"nothing uses the binding {shown}: remove it, or name @{selector.split('.', 1)[1]} "

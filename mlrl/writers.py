@@ -196,7 +196,7 @@ class ProgressBar:
         """Shows a step: reward (or loss), accuracy, tokens a second, time left; evaluations get their own line."""
         found = "  ".join(f"{name[5:]} {value:.3f}" for name, value in metrics.items() if name.startswith("eval/"))
         if found:
-            self._line(f"{self._title}evaluation after step {step}: {found}")
+            self.say(f"evaluation after step {step}: {found}")
         now = time.monotonic()
         if self._bar is not None:
             self._bar.set_postfix_str(_shown(metrics), refresh=False)
@@ -206,16 +206,17 @@ class ProgressBar:
             known = self._compiled and done > 0  # the first step compiles, and would spoil the estimate
             left = (now - self._first_time) / done * (self._num_steps - step) if known else math.nan
             self._last_line = now
-            self._line(f"{self._title}step {step}/{self._num_steps}  {_shown(metrics)}  {_clock(left)} left")
+            self.say(f"step {step}/{self._num_steps}  {_shown(metrics)}  {_clock(left)} left")
         self._step = step
         if not self._compiled:
             self._compiled, self._timed_from, self._first_time = True, step, now
 
-    def _line(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """A line of its own, with the title before it."""
         if self._bar is not None:
-            self._bar.write(text, file=self._stream)
+            self._bar.write(self._title + text, file=self._stream)
         elif self._every < math.inf:
-            print(text, file=self._stream, flush=True)
+            print(self._title + text, file=self._stream, flush=True)
 
     def close(self) -> None:
         """Leaves the bar as it is."""
@@ -238,7 +239,10 @@ def progress_bar(num_steps: int, *, first_step: int = 0, title: str = "", quiet:
             total=num_steps, initial=first_step, file=stream, dynamic_ncols=True, desc=title.strip(" :") or "training",
             bar_format="{desc} {bar} {n_fmt}/{total_fmt}  {postfix}  {remaining} left",
         )  # fmt: skip
-    return ProgressBar(bar, num_steps, first_step, every_seconds, stream, title)
+    shown = ProgressBar(bar, num_steps, first_step, every_seconds, stream, title)
+    if first_step:
+        shown.say(f"goes on after step {first_step} of {num_steps}")
+    return shown
 
 
 def _shown(metrics: Mapping[str, float]) -> str:

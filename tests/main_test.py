@@ -101,6 +101,7 @@ def assert_one_line(found, *words):
         ("online.Experiment.losses = @policy.ppo_clip\n", ("Experiment.losses", "tuple")),
         ("online.Experiment.losses = (@policy.ppo_clip(),)\n", ("write @ppo_clip without ()",)),
         ("SEED = 7\ninclude 'gin/loops/online.gin'\nSTEPS = 1\n", ("my.gin:31: gin/loops/online.gin", "SEED", "below")),
+        ("group_size = 8\n", ("nothing uses the macro group_size", "did you mean Experiment.group_size?")),
         ("STEPS = %STEPS\n", ("my.gin", "leads back to itself")),
         ("STEPS = @puzzles.arithmetic()\n", ("Experiment.num_steps", "got a Task")),
         ("online.Experiment.prompts_per_step = {}\n", ("Experiment.prompts_per_step", "whole number")),

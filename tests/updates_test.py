@@ -235,7 +235,7 @@ def test_an_array_is_computed_alone():
 
 
 def test_rows_that_do_not_divide_are_refused():
-    with pytest.raises(Refused, match="8 rows do not divide into minibatches = 3"):
+    with pytest.raises(Refused, match="8 rows do not divide into minibatches = 3: take 1, 2, 4 or 8"):
         run(batch(), minibatches=3)
     with pytest.raises(Refused, match="4 rows does not divide into micro_batch_rows = 3"):
         run(batch(), minibatches=2, micro_batch_rows=3)

@@ -169,6 +169,7 @@ def test_progress_on_a_terminal_and_quiet():
     bar.update(4, METRICS)
     bar.close()
     assert "4/4" in out.getvalue() and "reward 0.500" in out.getvalue() and "evaluation after step 3" in out.getvalue()
+    assert "goes on after step 2 of 4" in out.getvalue()
     out = Terminal()
     bar = writers.progress_bar(4, stream=out, quiet=True)
     bar.update(4, METRICS | {"eval/sums/greedy": 0.75})

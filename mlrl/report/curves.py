@@ -25,7 +25,7 @@ SECTIONS = {
 }
 NOTES = {
     "reward": "mean over the scored rows of a step, shaping included",
-    "accuracy": "mean unshaped outcome of the sampled completions",
+    "accuracy": "share of the sampled completions whose outcome, before shaping, is above 0.5",
     "entropy": "of the policy, per token, in nats",
     "ratio/mean": "importance ratio; 1 when nothing moved since sampling",
     "ratio/clipped_share": "share of tokens outside the clipping range",

@@ -21,6 +21,8 @@ Completion = Callable[[str, Mapping[str, Any]], Any]
 def from_trl(f: Callable[..., Any], *, conversational: bool = False) -> Completion:
     """Adapts TRL's f(prompts, completions, **columns) -> list of float or None.
 
+    It is called with one completion at a time: a function that compares completions sees each alone.
+
     Every entry of the example is a column, and is given as a list of one; a function without **columns gets
     those it names. Left out: completion_ids, trainer_state and the logging callbacks. Coroutine functions
     work.
@@ -131,6 +133,10 @@ def _verifiers(
 def _call(f: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     """f with those of the arguments that it names, or all if it takes **kwargs; waits for a coroutine."""
     parameters = inspect.signature(f).parameters
+    missing = [name for name, p in parameters.items() if name not in arguments and p.default is p.empty
+               and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]  # fmt: skip
+    if missing:
+        raise TypeError(f"it asks for {', '.join(missing)}, and is given {', '.join(arguments)}")
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         arguments = {name: value for name, value in arguments.items() if name in parameters}
     result = f(**arguments)
@@ -146,7 +152,7 @@ def _only(values: Any) -> Any:
     if values is None or getattr(values, "shape", None) == () or not hasattr(type(values), "__len__"):
         return values
     if len(values) != 1:
-        raise ValueError(f"one completion was given, and {len(values)} rewards came back")
+        raise ValueError(f"one completion was given, and {len(values)} rewards came back: return a list of one")
     return values[0]
 
 

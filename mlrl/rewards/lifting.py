@@ -30,6 +30,10 @@ def lift(reward: RewardFn | Callable | Sequence[Callable]) -> RewardFn:
     if isinstance(reward, RewardFn):
         return reward
     if isinstance(reward, (list, tuple)):
+        for one in reward:
+            if _first_parameter(one) != "completion":
+                raise Refused(f"a list of rewards holds functions of (completion, example), and {name_of(one)!r} is "
+                              "another: adapt it first, or add them up by combinators.weighted_sum")  # fmt: skip
         return per_completion(reward)
     first = _first_parameter(reward)
     if first == "completion":
@@ -38,6 +42,8 @@ def lift(reward: RewardFn | Callable | Sequence[Callable]) -> RewardFn:
         return in_graph(reward)
     if first == "models":
         return with_models(reward)
+    if first in ("prompts", "completions"):
+        raise Refused(f"reward {name_of(reward)!r} takes {first!r}, as TRL's do: wrap it in adapters.from_trl")
     raise Refused(
         f"reward {name_of(reward)!r} must take (completion, example), (rollout, prompts) or (models, "
         f"rollout, prompts): the first parameter's name says how it is run, and here it is {first!r}"

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mlrl import vocabularies
 from mlrl.types import Array, Prompts, Refused, Task, Vocabulary
 
 LongFn = Callable[[list[int], int, str], list[int] | None]  # (ids, limit, where) -> ids that fit, or None: drop the row
@@ -116,6 +117,44 @@ def from_ids(
         return kept[index]
 
     return Task(name, (name,), (len(kept),), (1.0,), vocabulary, at, targets_at, example, in_graph=False)
+
+
+def jsonl(path: str, vocabulary: Vocabulary, *, prompt: str = "prompt", answer: str = "answer",
+          template: Callable[[str], str] = str, name: str = "", max_prompt_tokens: int = 0, max_target_tokens: int = 0,
+          on_long_prompt: LongFn = refuse_long, on_long_target: LongFn = refuse_long) -> Task:  # fmt: skip
+    """A task whose examples are the objects of a JSON-lines file, one a line.
+
+    A prompt is a text, or a list of chat messages ({"role": ..., "content": ...}), which the vocabulary's own chat
+    template renders. Rewards see the whole object.
+
+    Args:
+      path: the file; gzipped if its name ends in .gz.
+      vocabulary: encodes prompts and answers.
+      prompt, answer: keys of the objects. An answer may be a number; a missing one is "".
+      template: text -> prompt, such as vocabularies.as_user_message(...); not for chat messages.
+      name: in logs and messages; the file's name, up to its first dot, if empty.
+      max_prompt_tokens, max_target_tokens, on_long_prompt, on_long_target: as of `table`.
+    Raises: Refused, naming the row and its keys, if a prompt is missing or neither kind.
+    """
+    name = name or pathlib.Path(path).name.split(".")[0]
+    examples = []
+    for number, row in numbered_jsonl(path):
+        text, right = row.get(prompt), row.get(answer, "")
+        if isinstance(text, list):
+            text = vocabularies.chat(vocabulary).apply_chat_template(text)
+        elif isinstance(text, str):
+            text = template(text)
+        else:
+            raise Refused(f"{path}, row {number}: {prompt!r} must be a text or a list of chat messages, got {text!r}; "
+                          f"the row has {', '.join(row)}: name the right key as tables.jsonl.prompt")  # fmt: skip
+        right = str(right) if isinstance(right, int | float) else right
+        if not isinstance(right, str):
+            raise Refused(f"{path}, row {number}: {answer!r} must be a text or a number, got {right!r}; the row has "
+                          f"{', '.join(row)}: name the right key as tables.jsonl.answer")  # fmt: skip
+        examples.append({**row, "prompt": text, "answer": right})
+    return table(examples, vocabulary, name=name, max_prompt_tokens=max_prompt_tokens,
+                 max_target_tokens=max_target_tokens, on_long_prompt=on_long_prompt,
+                 on_long_target=on_long_target)  # fmt: skip
 
 
 def read_jsonl(path: str | pathlib.Path, keys: Sequence[str] = ()) -> list[dict[str, Any]]:

@@ -155,6 +155,10 @@ def test_lift_goes_by_the_first_parameter():
     assert not lift([lambda completion, example: 0.0]).in_graph
     reward = in_graph(count_actions)
     assert lift(reward) is reward
+    with pytest.raises(Refused, match="'lambda' takes 'completions', as TRL's do: wrap it in adapters.from_trl"):
+        lift(lambda completions, answer: [0.0])
+    with pytest.raises(Refused, match="a list of rewards holds .* and 'lambda' is another"):
+        lift([lambda completion, example: 0.0, lambda completions, answer: [0.0]])
     with pytest.raises(Refused, match="'lambda' must take .* first parameter's name .* here it is 'text'"):
         lift(lambda text, example: 0.0)
     with pytest.raises(Refused, match="must be a function or a RewardFn, got float 0.5"):

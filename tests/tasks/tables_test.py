@@ -1,6 +1,7 @@
 """Tables: what is encoded, what is too long, and rows of files that are malformed."""
 
 import gzip
+import json
 import logging
 import pickle
 
@@ -128,3 +129,49 @@ def test_missing_and_broken_files_are_named(tmp_path):
     (tmp_path / "y.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n' * 1000)[:-20])
     with pytest.raises(Refused, match="y.jsonl.gz cannot be read"):
         read_jsonl(tmp_path / "y.jsonl.gz")
+
+
+class Chatty:
+    """A vocabulary with a chat template."""
+
+    chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+
+    def __getattr__(self, name):
+        return getattr(VOCABULARY, name)
+
+
+def written(folder, rows):
+    path = folder / "sums.v1.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_a_file_of_prompts_and_answers_is_a_task(tmp_path):
+    path = written(tmp_path, [{"question": "ab", "right": "c", "level": 1}, {"question": "ba", "right": "d"}])
+    task = tables.jsonl(path, VOCABULARY, prompt="question", answer="right", template="e {}".format)
+    prompts, _ = all_rows(task)
+    assert decoded(prompts.tokens, prompts.valid) == ["e ab", "e ba"]
+    assert task.name == "sums" and task.example(0, 0)["answer"] == "c" and task.example(0, 0)["level"] == 1
+    numbers = tables.jsonl(written(tmp_path, [{"prompt": "a", "answer": 7}]), vocabularies.byte_level())
+    assert numbers.example(0, 0)["answer"] == "7"
+
+
+def test_chat_messages_are_rendered_by_the_vocabulary_s_own_template(tmp_path):
+    messages = [{"role": "system", "content": "a"}, {"role": "user", "content": "bc"}]
+    path = written(tmp_path, [{"prompt": messages, "answer": "d"}])
+    prompts, _ = all_rows(tables.jsonl(path, Chatty()))
+    assert decoded(prompts.tokens, prompts.valid) == ["a bc "]
+    with pytest.raises(Refused, match="came without a chat template"):
+        tables.jsonl(path, VOCABULARY)
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({"question": "a"}, "row 1: 'prompt' must be a text or .* got None; the row has question: .*jsonl.prompt"),
+        ({"prompt": "a", "answer": ["b"]}, r"row 1: 'answer' must be .* got \['b'\]; the row has prompt, answer: "),
+    ],
+)
+def test_a_key_that_is_not_there_is_named_beside_those_that_are(tmp_path, row, words):
+    with pytest.raises(Refused, match=words):
+        tables.jsonl(written(tmp_path, [row]), VOCABULARY)
