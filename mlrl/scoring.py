@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mlrl import meshes
 from mlrl.models import head
 from mlrl.models.attention import Cache
 from mlrl.models.transformer import (
@@ -148,7 +149,7 @@ def shared_prompts() -> Forward:
             prefix = prefixes[trunk.__name__]
             caches = widen_caches(rows_of_caches(prefix.caches, mine), 1, columns)
             seen = (tokens, positions, mask, caches, width)
-            before = prefix.last[mine][:, None]
+            before = meshes.take_rows(prefix.last, mine)[:, None]
             if not columns:
                 return before
             return jnp.concatenate([before, model.apply({"params": params}, *seen, method=trunk)[0]], axis=1)

@@ -104,10 +104,13 @@ def gradients(params: Params, batch: Batch, *, score_fn: ScoreFn, losses: Sequen
     if micro_batch_rows in (0, rows):
         grads, metrics = grad_fn(batch)
         return both(grads), metrics
+    # A micro-batch takes as many rows from each device: they stay where they are, and where their prompts are read.
+    parts = meshes.parts_of_rows(micro_batch_rows)
+    parts = parts if (micro_batch_rows // parts) % unit_rows == 0 else 1
     if len(bucket_columns) > 1:
-        longest = jnp.max(columns_needed(batch).reshape(-1, unit_rows), axis=1)
+        longest = jnp.max(columns_needed(batch).reshape(parts, -1, unit_rows), axis=2)
         batch = _in_order(batch, jnp.argsort(longest), unit_rows)
-    pieces = _split(batch, rows // micro_batch_rows)
+    pieces = _split(batch, rows // micro_batch_rows, parts)
     shape = jax.eval_shape(grad_fn, jax.tree.map(lambda x: x[0], pieces))
 
     def add(total: Any, piece: Batch) -> tuple[Any, None]:
@@ -196,7 +199,7 @@ def update(
         if minibatches == 1:
             state, metrics = optimizer_step(state, batch)
             return state, jax.tree.map(lambda x: x[None], metrics)
-        shuffled = _in_order(batch, jax.random.permutation(key, rows // unit_rows), unit_rows)
+        shuffled = _in_order(batch, jax.random.permutation(key, rows // unit_rows)[None], unit_rows)
         return jax.lax.scan(optimizer_step, state, _split(shuffled, minibatches))
 
     if epochs == 1:
@@ -229,10 +232,11 @@ def check_division(rows: int, minibatches: int, micro_batch_rows: int, unit_rows
     """
     require_whole("Experiment", "micro_batch_rows", micro_batch_rows, 0)
     if rows % minibatches:
-        raise Refused(f"{rows} rows do not divide into minibatches = {minibatches}")
+        raise Refused(f"{rows} rows do not divide into minibatches = {minibatches}: take {_divisors(rows)}")
     if micro_batch_rows and (rows // minibatches) % micro_batch_rows:
         raise Refused(
-            f"a minibatch of {rows // minibatches} rows does not divide into micro_batch_rows = {micro_batch_rows}"
+            f"a minibatch of {rows // minibatches} rows does not divide into micro_batch_rows = {micro_batch_rows}: "
+            f"take {_divisors(rows // minibatches)}"
         )
     for name, count in (("minibatch", rows // minibatches), ("micro-batch", micro_batch_rows)):
         if count % unit_rows:
@@ -240,11 +244,23 @@ def check_division(rows: int, minibatches: int, micro_batch_rows: int, unit_rows
                           f"hold whole groups: change minibatches or micro_batch_rows to get a multiple of {unit_rows}")
 
 
+def _divisors(rows: int) -> str:
+    numbers = [str(n) for n in range(1, rows + 1) if rows % n == 0]
+    return f"{', '.join(numbers[:-1])} or {numbers[-1]}" if len(numbers) > 1 else numbers[0]
+
+
 def _in_order(batch: Batch, units: Array, unit_rows: int) -> Batch:
-    """The batch with its units of consecutive rows in another order."""
-    order = (units[:, None] * unit_rows + jnp.arange(unit_rows)).reshape(-1)
-    return jax.tree.map(lambda x: x[order], batch)
+    """The batch with the units of consecutive rows of each of its parts in another order; units [parts, *] int32."""
+    order = (units[..., None] * unit_rows + jnp.arange(unit_rows)).reshape(units.shape[0], -1)
+    return jax.tree.map(lambda x: meshes.rows_at_home(x, order), batch)
 
 
-def _split(tree: Any, pieces: int) -> Any:
-    return jax.tree.map(lambda x: x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:]), tree)
+def _split(tree: Any, pieces: int, parts: int = 1) -> Any:
+    """Leaves [pieces, rows, ...]; a piece has the next rows of each of the `parts` into which rows are divided."""
+
+    def split(x: Array) -> Array:
+        each = x.shape[0] // (parts * pieces)
+        x = jnp.moveaxis(x.reshape(parts, pieces, each, *x.shape[1:]), 0, 1)
+        return x.reshape(pieces, parts * each, *x.shape[3:])
+
+    return jax.tree.map(split, tree)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mlrl import batches, meshes, reductions, runs, scoring, updates
 from mlrl.generation import generate
@@ -14,6 +15,7 @@ from mlrl.loops import online
 from mlrl.losses import policy, values
 from mlrl.models.transformer import Config, Transformer, initialize
 from mlrl.optimizers import adamw
+from mlrl.pods.collectives import traffic
 from mlrl.types import Prompts, Refused, TrainState
 from tests.loops import worlds
 
@@ -79,6 +81,41 @@ def test_a_prompt_read_once_gives_the_same_scores_and_gradients(config):
 def test_rows_cut_to_their_length_give_the_same_gradients(forward):
     plain = gradients(CONFIG, FORWARDS["whole"])
     assert_close(gradients(CONFIG, FORWARDS[forward], micro_batch_rows=4, bucket_columns=(P + 2, P + 5, P + T)), plain)
+
+
+def test_rows_on_several_devices_find_their_prompts():
+    """Also where a row lies on another device than its prompt, after a shuffle."""
+    model, params, prompts, batch = rows(CONFIG)
+    batch = batch.replace(weights=reductions.token_mean(batch.mask), token_weights=reductions.token_mean(batch.mask))
+    forward = FORWARDS["shared"]
+
+    @jax.jit
+    def grads(params, prompts, batch):
+        return updates.gradients(
+            params, meshes.split_rows(batch), losses=LOSSES, micro_batch_rows=2 * N, bucket_columns=(P + T,),
+            prepare=lambda params: forward.prepare(model, params, meshes.split_rows(prompts)),
+            score_fn=lambda params, rollout, *more: forward.score(model, params, prompts, rollout, *more),
+        )[0]  # fmt: skip
+
+    alone = grads(params, prompts, batch)
+    with meshes.use(meshes.mesh(devices=N)):
+        assert_close(grads(params, prompts, batch), alone)
+        assert_close(grads(params, prompts, jax.tree.map(lambda x: x[::-1], batch)), alone)
+
+
+def test_rows_that_stay_at_home_are_taken_without_sending_any():
+    table, own = jnp.arange(24.0).reshape(8, 3), jnp.asarray([[1, 0, 0], [0, 1, 1], [0, 0, 0], [1, 1, 0]])
+    rows = (own + 2 * jnp.arange(4)[:, None]).reshape(-1)
+    with meshes.use(meshes.mesh(devices=4)) as mesh:
+        spread = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec("data")))
+        take = jax.jit(meshes.rows_at_home)
+        text = take.lower(spread(table), spread(own)).compile().as_text()
+        assert not traffic(text).sent
+        np.testing.assert_array_equal(take(spread(table), spread(own)), table[rows])
+        anywhere = jax.jit(meshes.take_rows)
+        assert traffic(anywhere.lower(spread(table), spread(rows)).compile().as_text()).sent
+        for wanted in (rows, rows[::-1]):
+            np.testing.assert_array_equal(anywhere(spread(table), spread(wanted)), table[wanted])
 
 
 def test_a_group_stays_whole_when_rows_are_sorted_by_length():

@@ -354,7 +354,7 @@ def widen_caches(caches: tuple[Cache, ...], rows_each: int, more_columns: int) -
 
 def rows_of_caches(caches: tuple[Cache, ...], rows: Array) -> tuple[Cache, ...]:
     """The caches of some rows, in the order of these; rows [B] int32."""
-    return jax.tree.map(lambda x: x[..., rows, :, :, :], caches)
+    return meshes.take_rows(caches, rows, lambda x: x.ndim - 4)
 
 
 def _split_cache(x: Array) -> Array:
