@@ -91,8 +91,8 @@ def shown_gain(ours: list[float], others: list[float]) -> str:
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
-def plot(curves: dict[str, list[dict[int, float]]], metric: str, path: pathlib.Path) -> None:
-    """Mean over seeds and its interval against the step, one colour an arm."""
+def plot(curves: dict[str, list[dict[int, float]]], metric: str, path: pathlib.Path, top: float = 1.0) -> None:
+    """Mean over seeds and its interval against the step, one colour an arm, from 0 to `top`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -107,7 +107,7 @@ def plot(curves: dict[str, list[dict[int, float]]], metric: str, path: pathlib.P
             intervals = [t_interval(values) for values in at]
             low, high = [i[1] for i in intervals], [i[2] for i in intervals]
             axes.fill_between(steps, low, high, alpha=0.2, color=line.get_color())
-    axes.set(xlabel="training step", ylabel=f"held-out accuracy ({metric})", ylim=(0, 1))
+    axes.set(xlabel="training step", ylabel=f"held-out accuracy ({metric})", ylim=(0, top))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

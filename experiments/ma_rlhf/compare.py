@@ -3,8 +3,7 @@
     python -m experiments.ma_rlhf.compare FOLDER [--seeds 5] [--arms token fixed_5 ...] [--gin.NAME=VALUE ...]
 
 Arms are experiments/ma_rlhf/NAME.gin; see experiments/arms.py for what is kept in FOLDER. Steps to parity are a seed's
-first evaluation that is no worse than the mean over seeds of the last evaluation of `token`, the arm whose every token
-is an action.
+first evaluation that is no worse than the last one of the same seed of `token`, the arm whose every token is an action.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ def main() -> None:
     curves = {name: [arms.evaluated(one, TASK, METRIC) for one in runs] for name, runs in found.items()}
     text = table(curves)
     (folder / "table.md").write_text(text)
-    plot(curves, METRIC, folder / "plot.png")
+    plot(curves, METRIC, folder / "plot.png", top=0.4)
     print(text)
 
 
@@ -39,15 +38,15 @@ def table(curves: dict[str, list[dict[int, float]]]) -> str:
     base: Any = curves.get("token")
     if base is None:
         raise SystemExit("ma_rlhf: the table is measured by the arm `token`: add it to --arms")
-    goal = sum(one[max(one)] for one in base) / len(base)
-    lines = [f"| arm | seeds | {METRIC} before | after | mean over training | less token | steps to {goal:.3f} |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [f"| arm | seeds | {METRIC} before | after | rise | mean over training | less token | steps to its last |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for name, runs in curves.items():
-        steps = [parity(one, goal) for one in runs]
+        steps = [parity(one, its[max(its)]) for one, its in zip(runs, base)]
         each = ", ".join("never" if step is None else str(step) for step in steps)
         before, after = ([one[end(one)] for one in runs] for end in (min, max))
         whole, of_base = ([arms.over_training(one) for one in each] for each in (runs, base))
-        cells = [name, len(runs), shown(before), shown(after), shown(whole), shown_gain(whole, of_base), each]
+        cells = [name, len(runs), shown(before), shown(after), shown_gain(after, before), shown(whole),
+                 shown_gain(whole, of_base), each]  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 
