@@ -30,7 +30,8 @@ MODULES = (
     "mlrl.selection", "mlrl.correction", "mlrl.chunks", "mlrl.controllers", "mlrl.curricula",
     "mlrl.rollouts.single_turn",
     "mlrl.rollouts.multi_turn", "mlrl.rollouts.self_play", "mlrl.refilled", "mlrl.packing", "mlrl.rewards.combinators",
-    "mlrl.rewards.lengths", "mlrl.rewards.programs", "mlrl.rewards.judges", "mlrl.loops.configurations",
+    "mlrl.rewards.completions", "mlrl.rewards.adapters", "mlrl.rewards.lengths", "mlrl.rewards.programs",
+    "mlrl.rewards.judges", "mlrl.tasks.tables", "mlrl.vocabularies", "mlrl.loops.configurations",
 )  # fmt: skip
 GIVEN = {"policy_version", "group_size", "first_column"}  # by the loop, not by gin
 HEAD = """# Knobs

@@ -459,7 +459,7 @@ def describe(parts: Parts) -> str:
             vocabulary_size=parts.model.config.vocabulary_size,
         ) + f"; {describe_.the_meshes(experiment)}",
         "annotated": ", ".join(["old log-probs", *(name.removeprefix("Batch.") for name in reads)]),
-        "compiled": f"{programs}; two samplers for each evaluation",
+        "compiled": programs + "; two samplers for each evaluation" * bool(experiment.evaluations),
         "evaluated": describe_.the_evaluations(experiment),
         "rewards": describe_.tried(parts.reward, task),
     })  # fmt: skip
