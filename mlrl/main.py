@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
-import errno
-import inspect
 import logging
 import os
 import pathlib
-import pkgutil
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -35,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             raise
-        print(f"mlrl: {_one_line(error)}", file=sys.stderr, flush=True)
+        from mlrl import mistakes
+
+        print(f"mlrl: {mistakes.one_line(error)}", file=sys.stderr, flush=True)
         if type(error).__name__ not in ("Stopped", "Preempted"):
             _leave_others()
         return TERMINATED if type(error).__name__ == "Preempted" else 2
@@ -218,10 +216,12 @@ def _compile(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
 
 def _prepared(experiment: Any) -> tuple[Any, Any]:
     """(the loop's module, the experiment's parts): all that can be wrong before compiling has been refused."""
+    import gin
+    from mlrl import mistakes
 
     loop = _loop_of(experiment)
     parts = loop.prepare(experiment)
-    _refuse_unused()
+    mistakes.refuse_unused(gin.config)
     return loop, parts
 
 
@@ -274,6 +274,7 @@ def load(path: str, overrides: dict[str, str] | None = None) -> tuple[Any, str]:
     Raises: Refused, or gin's own errors, which the command line shortens to one line.
     """
     import gin
+    from mlrl import mistakes
     from mlrl.types import Refused
 
     _require_file(pathlib.Path(path), "name an experiment's gin file")
@@ -286,7 +287,7 @@ def load(path: str, overrides: dict[str, str] | None = None) -> tuple[Any, str]:
         gin.parse_config_file(path)
         gin.parse_config([_override(name, value) for name, value in (overrides or {}).items()])
         gin.finalize()
-        _refuse_lost(path)
+        mistakes.refuse_lost(gin.config_parser, path)
         if not gin.config_str() or ("", "mlrl.main.run") not in gin.config._CONFIG:
             raise Refused(f"{path} binds no experiment: it needs main.run.experiment = @online.Experiment()")
         config = gin.config_str(max_line_length=110)
@@ -296,6 +297,8 @@ def load(path: str, overrides: dict[str, str] | None = None) -> tuple[Any, str]:
 @contextlib.contextmanager
 def _gin_errors(path: str) -> Iterator[None]:
     """Turns what gin says, in many lines, into one line that starts with the file."""
+    import gin
+    from mlrl import mistakes
     from mlrl.types import Refused
 
     # gin logs every folder in which it did not find a file, as errors.
@@ -306,174 +309,9 @@ def _gin_errors(path: str) -> Iterator[None]:
     except Refused:
         raise
     except Exception as error:
-        raise Refused(_gin_words(path, error)) from error
+        raise Refused(mistakes.of_gin(gin.config, path, error)) from error
     finally:
         logging.root.setLevel(level)
-
-
-def _one_line(error: Exception) -> str:
-    """The error in one line: gin's notes on where it happened are kept, its advice to developers is not."""
-    text = re.sub(r"(In call to configurable '.+?') \(<.+>\)", r"\1", str(error))  # no reprs of functions
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    text = "; ".join(line for line in lines if not line.startswith(("No values supplied", "Gin had values bound")))
-    from mlrl.types import Refused
-
-    called_back = re.search(r"^(?:mlrl\.types\.)?Refused: (.+)$", str(error), re.M)  # from inside of a compiled program
-    if called_back:
-        return called_back[1]
-    if isinstance(error, Refused) or type(error).__name__ in ("Stopped", "Preempted", "UnknownConfigurable"):
-        return text
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS):
-        where = error.filename or "in the run's folder"
-        return f"cannot write {where} ({error.strerror}): make room or mend the folder, and run the same command again"
-    return f"{type(error).__name__}: {text or 'no message'} (--debug shows the trace)"
-
-
-def _gin_words(path: str, error: Exception) -> str:
-    """Where in the gin files a mistake is and what to change, in one line."""
-    import gin
-
-    if isinstance(error, SyntaxError):
-        return f"{error.filename or path}:{error.lineno}: {error.msg} found {(error.text or '').strip()!r}"
-    if isinstance(error, RecursionError):
-        return f"{path}: a macro, or an include, leads back to itself: give it a value"
-    if isinstance(error, UnicodeDecodeError):
-        return f"{path}: a gin file is text in UTF-8, but byte {error.start} of it is none: save it as UTF-8"
-    text = str(error)
-    place = re.search(r'In file "(.+?)", line (\d+)|In bindings string line \d+\n\s*(.+)', text)
-    where = f"{path}: "
-    if place:
-        where = f"override {place[3].strip()}: " if place[3] else f"{place[1]}:{place[2]}: "
-    for pattern, words, names in _GIN_SAYS:
-        found = re.search(pattern, text)
-        if found:
-            known = names(gin.config, *found.groups())
-            close = difflib.get_close_matches(found[found.lastindex], [k for k in known if k != found[1]], n=1)
-            return where + words.format(*found.groups()) + (f": did you mean {close[0]!r}?" if close else "")
-    return where + _one_line(error)
-
-
-def _nothing(*_: Any) -> list[str]:
-    return []
-
-
-def _parameters(config: Any, configurable: str, _: str) -> list[str]:
-    wrapped = [c.wrapped for name, c in config._REGISTRY.items() if f".{name}".endswith(f".{configurable}")]
-    return [name for one in wrapped for name in inspect.signature(one).parameters]
-
-
-def _attributes(config: Any, module: str, _: str) -> list[str]:
-    return list(vars(sys.modules.get(module, config)))
-
-
-def _modules(config: Any, name: str) -> list[str]:
-    parent, dot, _ = name.rpartition(".")
-    folders = getattr(sys.modules.get(parent), "__path__", [os.getcwd()])
-    return [parent + dot + module.name for module in pkgutil.iter_modules(folders)]
-
-
-def _selectors(config: Any, _: str) -> list[str]:
-    selectors = [name.split(".") for name, _ in config._REGISTRY.items()]
-    return [".".join(parts[-n:]) for parts in selectors for n in (1, 2)]
-
-
-def _macros(config: Any, _: str) -> list[str]:
-    return [scope for scope, selector in config._CONFIG if selector == "gin.macro"]
-
-
-# What gin says of a mistake; what there is to change, around the quoted groups; names that may have been meant.
-_GIN_SAYS = (
-    (r"Configurable '([^']+)' doesn't have a parameter named '([^']+)'", "{0} has no parameter {1!r}", _parameters),
-    (r"<module '([^']+)' from '[^']+'> has no attribute (\w+)", "there is no {1!r} in {0}", _attributes),
-    (r"'([^']+)' was not provided by an import", "import {0} in this file before it is named", _nothing),
-    (r"No configurable matching (?:reference )?'@?([^']+)'", "no gin file of the experiment names {0!r}",
-     _selectors),
-    (r"No module named '([^']+)'", "there is no module {0!r} on the path or in this folder", _modules),
-    (r"No bindings specified for '([^']+)/gin.macro'", "the macro {0} has no value: write {0} = VALUE, or give "
-     "--gin.{0}=VALUE", _macros),
-    (r"(\w+)/macro\.value set to `%gin.REQUIRED`", "the macro {0} needs a value: give --gin.{0}=VALUE", _nothing),
-    (r"(\S+) set to `%gin.REQUIRED`", "{0} needs a value: bind it, or give --gin.{0}=VALUE", _nothing),
-    (r"(?s)for arguments: \[(.+?)\].*In call to configurable '(\w+)'", "{1} needs {0}: bind them, or "
-     "write @{1} without () to name the function", _nothing),
-    (r"(not enough values) to unpack \(expected at least 2", "a name behind @ needs a module and what is in it, as "
-     "@graph.arithmetic", _nothing),
-    (r"Unable to open file: (.+?)\. Searched", "there is no gin file {0} in this folder or in mlrl's gin library",
-     _nothing),
-)  # fmt: skip
-
-
-def _refuse_unused() -> None:
-    """Compares what the gin files bind with what was used; a binding that does nothing is a mistake.
-
-    Preparing an experiment traces everything that it will run, so that what is not used by then is never used.
-    """
-    import gin
-    from mlrl.types import Refused
-
-    bound, used = gin.config._CONFIG, set()
-    for (scope, selector), values in gin.config._OPERATIVE_CONFIG.items():
-        inner = scope.split("/") if scope else []
-        outward = ["/".join(inner[:i]) for i in range(len(inner), -1, -1)]  # a scope inherits from those around it
-        for name in values:
-            found = (s for s in outward if name in bound.get((s, selector), {}))
-            used.add((next(found, scope), selector, name))
-    for (scope, selector), values in bound.items():
-        for name in values:
-            if (scope, selector, name) in used:
-                continue
-            if selector == "gin.macro":
-                close = difflib.get_close_matches(scope, [s for s, kind, _ in used if kind == "gin.macro"], n=1)
-                hint = f"; did you mean {close[0]}?" if close else ""
-                for other in {selector.rpartition(".")[2] for _, selector, name in used if name == scope}:
-                    hint = f"; did you mean {other}.{scope}?"
-                raise Refused(f"nothing uses the macro {scope}: remove it, or refer to it as %{scope}{hint}")
-            shown = f"{scope}/{selector}.{name}" if scope else f"{selector}.{name}"
-            raise Refused(f"nothing uses the binding {shown}: remove it, or name @{selector.split('.', 1)[1]} "
-                          "where the experiment takes it, in the scope of the binding")  # fmt: skip
-
-
-def _refuse_lost(path: str) -> None:
-    """Refuses a binding above an include that binds the same: gin would take the included one and say nothing."""
-    from mlrl.types import Refused
-
-    own = list(_statements(path))
-    for i, (line, key, value, _) in enumerate(own):
-        after = own[i + 1 :]
-        if key and all(other != key for _, other, _, _ in after):
-            for name in (included for _, _, _, included in after if included):
-                if _bound_by(name).get(key, value) != value:
-                    raise Refused(f"{path}:{line}: {name}, which is included below, binds {key} again: move this line "
-                                  "below the include")  # fmt: skip
-
-
-def _bound_by(path: str) -> dict[str, Any]:
-    """What a gin file and those that it includes bind."""
-    found = {}
-    for _, key, value, included in _statements(path):
-        found |= _bound_by(included) if included else {key: value}
-    return found
-
-
-def _statements(path: str) -> Iterator[tuple[int, str, Any, str]]:
-    """(line, what is bound, its value, "") or (line, "", None, file) of each binding and include of a gin file."""
-    import gin
-
-    class AsText(gin.config_parser.ParserDelegate):
-        def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> str:
-            return f"@{scoped_configurable_name}{'()' if evaluate else ''}"
-
-        def macro(self, macro_name: str) -> str:
-            return f"%{macro_name}"
-
-    where = (pathlib.Path(folder, path) for folder in ("", PACKAGE.parent, PACKAGE))
-    text = next((file.read_text() for file in where if file.is_file()), "")
-    for one in gin.config_parser.ConfigParser(text, AsText()):
-        line = one.location.line_num
-        if isinstance(one, gin.config_parser.IncludeStatement):
-            yield line, "", None, one.filename
-        elif isinstance(one, gin.config_parser.BindingStatement):
-            named = ".".join([*one.selector.split(".")[-2:], *([one.arg_name] if one.arg_name else [])])
-            yield line, f"{one.scope}/{named}".lstrip("/"), one.value, ""
 
 
 def _override(name: str, value: str) -> str:

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from mlrl import main
+from mlrl import main, mistakes
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 
@@ -262,10 +262,10 @@ def test_help_comes_at_once_and_loads_nothing():
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS])
 def test_a_disk_that_takes_no_more_is_said_without_a_trace(number):
-    line = main._one_line(OSError(number, os.strerror(number), "run/tensorboard"))
+    line = mistakes.one_line(OSError(number, os.strerror(number), "run/tensorboard"))
     assert line.startswith(f"cannot write run/tensorboard ({os.strerror(number)}): make room") and "--debug" not in line
 
 
 def test_a_refusal_inside_of_a_compiled_program_is_shown_as_one():
     error = RuntimeError("INTERNAL: CpuCallback error:\n  File host.py\nRefused: the environment's step raised E: x\n")
-    assert main._one_line(error) == "the environment's step raised E: x"
+    assert mistakes.one_line(error) == "the environment's step raised E: x"
