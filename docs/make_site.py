@@ -34,12 +34,12 @@ REFERENCE = {
     "models": ("Models and scoring", "models scoring packing"),
     "rollouts": ("Rollouts and environments", "sampling generation refilled rollouts environments"),
     "rewards": ("Rewards", "rewards"),
-    "learning": ("Updates, meshes and costs", "updates optimizers axes meshes costs"),
+    "learning": ("Updates, meshes and costs", "updates optimizers axes meshes home_rows costs"),
     "io": ("Run folders and evaluation", "folders runs checkpoints writers profiling chunks report export evaluation "
            "evaluation_attempts evaluation_games evaluation_judges evaluation_stored"),
     "loops": ("Loops", "loops"),
     "sandbox": ("Sandbox and processes", "sandbox processes"),
-    "pods": ("Pods and the command line", "pods main"),
+    "pods": ("Pods and the command line", "pods main mistakes"),
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mlrl import meshes
+from mlrl import home_rows
 from mlrl.models import head
 from mlrl.models.attention import Cache
 from mlrl.models.transformer import (
@@ -19,7 +19,6 @@ from mlrl.models.transformer import (
     empty_caches,
     in_own_dtype,
     row_positions,
-    rows_of_caches,
     widen_caches,
 )
 from mlrl.types import Array, Distribution, Params, Prompts, Rollout, Scores
@@ -146,10 +145,10 @@ def shared_prompts() -> Forward:
         mask = causal_mask(rollout.valid[:, :-1], first_column=width)
 
         def states(trunk: Callable) -> Array:
-            prefix = prefixes[trunk.__name__]
-            caches = widen_caches(rows_of_caches(prefix.caches, mine), 1, columns)
-            seen = (tokens, positions, mask, caches, width)
-            before = meshes.take_rows(prefix.last, mine)[:, None]
+            # Rows of hidden states are their first axis, those of caches the fourth from the end.
+            prefix = home_rows.take(prefixes[trunk.__name__], mine, lambda x: max(x.ndim - 4, 0))
+            seen = (tokens, positions, mask, widen_caches(prefix.caches, 1, columns), width)
+            before = prefix.last[:, None]
             if not columns:
                 return before
             return jnp.concatenate([before, model.apply({"params": params}, *seen, method=trunk)[0]], axis=1)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.interpreters import partial_eval
 
-from mlrl import meshes, reductions
+from mlrl import home_rows, meshes, reductions
 from mlrl.models.lora import join
 from mlrl.optimizers import current_learning_rate
 from mlrl.types import (
@@ -105,7 +105,7 @@ def gradients(params: Params, batch: Batch, *, score_fn: ScoreFn, losses: Sequen
         grads, metrics = grad_fn(batch)
         return both(grads), metrics
     # A micro-batch takes as many rows from each device: they stay where they are, and where their prompts are read.
-    parts = meshes.parts_of_rows(micro_batch_rows)
+    parts = home_rows.parts_of(micro_batch_rows)
     parts = parts if (micro_batch_rows // parts) % unit_rows == 0 else 1
     if len(bucket_columns) > 1:
         longest = jnp.max(columns_needed(batch).reshape(parts, -1, unit_rows), axis=2)
@@ -252,7 +252,7 @@ def _divisors(rows: int) -> str:
 def _in_order(batch: Batch, units: Array, unit_rows: int) -> Batch:
     """The batch with the units of consecutive rows of each of its parts in another order; units [parts, *] int32."""
     order = (units[..., None] * unit_rows + jnp.arange(unit_rows)).reshape(units.shape[0], -1)
-    return jax.tree.map(lambda x: meshes.rows_at_home(x, order), batch)
+    return jax.tree.map(lambda x: home_rows.take_own(x, order), batch)
 
 
 def _split(tree: Any, pieces: int, parts: int = 1) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mlrl import batches, meshes, reductions, runs, scoring, updates
+from mlrl import batches, home_rows, meshes, reductions, runs, scoring, updates
 from mlrl.generation import generate
 from mlrl.loops import online
 from mlrl.losses import policy, values
@@ -108,11 +108,11 @@ def test_rows_that_stay_at_home_are_taken_without_sending_any():
     rows = (own + 2 * jnp.arange(4)[:, None]).reshape(-1)
     with meshes.use(meshes.mesh(devices=4)) as mesh:
         spread = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec("data")))
-        take = jax.jit(meshes.rows_at_home)
+        take = jax.jit(home_rows.take_own)
         text = take.lower(spread(table), spread(own)).compile().as_text()
         assert not traffic(text).sent
         np.testing.assert_array_equal(take(spread(table), spread(own)), table[rows])
-        anywhere = jax.jit(meshes.take_rows)
+        anywhere = jax.jit(home_rows.take)
         assert traffic(anywhere.lower(spread(table), spread(rows)).compile().as_text()).sent
         for wanted in (rows, rows[::-1]):
             np.testing.assert_array_equal(anywhere(spread(table), spread(wanted)), table[wanted])

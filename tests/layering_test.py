@@ -16,7 +16,7 @@ BLOCKS = (
     ("arithmetic", "reductions divergences controllers importance groups returns advantages selection metrics "
                    "monitoring batches correction losses"),
     ("data", "tokenizer_files vocabularies tasks prompts stored transcripts curricula data"),
-    ("models", "axes meshes models scoring packing"),
+    ("models", "axes meshes home_rows models scoring packing"),
     ("rollout", "sampling generation refilled rollouts environments"),
     ("rewards", "rewards"),
     ("learning", "optimizers updates costs"),
@@ -24,7 +24,7 @@ BLOCKS = (
            "evaluation_games evaluation_judges report runs export"),
     ("loops", "loops"),
     ("pods", "pods"),
-    ("the door", "main __main__"),
+    ("the door", "mistakes main __main__"),
 )
 BLOCK_OF = {name: i for i, (_, names) in enumerate(BLOCKS) for name in names.split()}
 

@@ -352,11 +352,6 @@ def widen_caches(caches: tuple[Cache, ...], rows_each: int, more_columns: int) -
     return tuple(columnwise(widen, cache) for cache in caches)
 
 
-def rows_of_caches(caches: tuple[Cache, ...], rows: Array) -> tuple[Cache, ...]:
-    """The caches of some rows, in the order of these; rows [B] int32."""
-    return meshes.take_rows(caches, rows, lambda x: x.ndim - 4)
-
-
 def _split_cache(x: Array) -> Array:
     return meshes.split(x, *[""] * (x.ndim - 4), "rows", "kv_heads")
 
