@@ -17,7 +17,7 @@ import os
 import pathlib
 import pickle
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -84,12 +84,20 @@ def _arm(folder: pathlib.Path, name: str, file: str, seeds: int, overrides: Mapp
             print(f"{name} {seed}: {done['seconds']:.0f} s", flush=True)
 
 
-def _first_state(parts: online.Parts, folder: pathlib.Path, seed: int) -> Any:
-    """The state of step 0 around the warm-started parameters of a seed, which are made once for all arms."""
-    path = folder / f"warm-{seed}.pickle"
+def warm_start(path: pathlib.Path, prepare: Callable[[], online.Parts], seed: int) -> Any:
+    """The parameters in `path`: an experiment's own warm start, made once for all arms of a seed."""
     if not path.is_file():
-        path.write_bytes(pickle.dumps(jax.device_get(parts.experiment.start(parts.model, jax.random.key(1000 + seed)))))
-    start = jax.tree.map(jax.numpy.asarray, pickle.loads(path.read_bytes()))
+        parts, began = prepare(), time.time()
+        params = parts.experiment.start(parts.model, jax.random.key(1000 + seed))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(pickle.dumps(jax.device_get(params)))
+        print(f"{path.stem}: {time.time() - began:.0f} s", flush=True)
+    return jax.tree.map(jax.numpy.asarray, pickle.loads(path.read_bytes()))
+
+
+def _first_state(parts: online.Parts, folder: pathlib.Path, seed: int) -> Any:
+    """The state of step 0 around the warm-started parameters of a seed."""
+    start = warm_start(folder / f"warm-{seed}.pickle", lambda: parts, seed)
     params = random_parameters(parts.model, jax.random.key(seed)) | start
     kept = states.keeps_reference(parts)
     reference = parts.experiment.reference.params(params, parts.reference_model, jax.random.key(seed)) if kept else ()

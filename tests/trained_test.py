@@ -13,13 +13,17 @@ REPO = pathlib.Path(__file__).resolve().parent.parent
 
 
 def test_parts_of_a_curve():
-    curve = {0: 5.0, 20: 3.0, 60: 3.0, 80: 1.0, 100: 2.0}
-    assert [trained.number(curve, part) for part in ("first", "last", "early", "late")] == [5.0, 2.0, 4.0, 1.5]
+    curve = {0: 5.0, 60: 3.0, 80: 1.0, 100: 2.0}
+    assert [trained.number(curve, part) for part in ("first", "last", "late")] == [5.0, 2.0, 1.5]
 
 
-def test_curves_are_compared_at_the_steps_that_all_have():
-    steps, values = trained.intervals_at([{0: 1.0, 1: 2.0, 2: 3.0}, {0: 4.0, 2: 5.0}])
-    assert steps == [0, 2] and values == [[1.0, 4.0], [3.0, 5.0]]
+def test_curves_are_drawn_at_the_steps_that_all_have():
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    trained.draw(axes, [{0: 1.0, 1: 2.0, 2: 3.0}, {0: 4.0, 2: 5.0}], "arm")
+    (line,) = axes.get_lines()
+    assert list(line.get_xdata()) == [0, 2] and list(line.get_ydata()) == [2.5, 4.0]
 
 
 def test_curves_are_read_from_run_folders(tmp_path):

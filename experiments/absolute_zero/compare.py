@@ -14,8 +14,8 @@ import pathlib
 import shutil
 import time
 
-from experiments.study import shown, shown_gain, t_interval
-from experiments.trained import Curves, intervals_at, number, read, started
+from experiments.study import shown, shown_gain
+from experiments.trained import Curves, draw, number, read, started
 from mlrl import main, runs
 from mlrl.loops import online
 
@@ -88,11 +88,7 @@ def plot(found: dict[str, list[Curves]], path: pathlib.Path) -> None:
         for i, (arm, seeds) in enumerate(found.items()):
             if any(metric not in one for one in seeds):
                 continue
-            steps, at = intervals_at([one[metric] for one in seeds])
-            axes.plot(steps, [sum(values) / len(values) for values in at], color=f"C{i}", label=arm)
-            if len(seeds) > 1:
-                _, low, high = zip(*(t_interval(values) for values in at))
-                axes.fill_between(steps, low, high, alpha=0.2, color=f"C{i}")
+            draw(axes, [one[metric] for one in seeds], arm, color=f"C{i}")
         axes.set(title=title, xlabel="training step")
         axes.grid(alpha=0.3)
     places[0].legend()

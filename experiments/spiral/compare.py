@@ -17,8 +17,8 @@ import shutil
 import time
 from typing import Any
 
-from experiments.study import shown, t_interval
-from experiments.trained import number, read, started
+from experiments.study import shown
+from experiments.trained import draw, number, read, started
 from mlrl import main
 from mlrl.loops import online, seeds
 
@@ -112,13 +112,7 @@ def plot(found: dict[str, dict[str, list[dict[str, Any]]]], path: pathlib.Path) 
     figure, places = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.6), layout="constrained", squeeze=False)
     for axes, (game, metric, title) in zip(places[0], panels):
         for arm, curves in found[game].items():
-            steps = sorted(curves[0][metric])
-            at = [[seed[metric][step] for seed in curves] for step in steps]
-            (line,) = axes.plot(steps, [sum(values) / len(values) for values in at], label=arm)
-            if len(curves) > 1:
-                intervals = [t_interval(values) for values in at]
-                axes.fill_between(steps, [i.low for i in intervals], [i.high for i in intervals], alpha=0.2,
-                                  color=line.get_color())  # fmt: skip
+            draw(axes, [seed[metric] for seed in curves], arm)
         axes.set(title=title, xlabel="training step")
         axes.grid(alpha=0.3)
     places[0][0].legend()
