@@ -37,8 +37,6 @@ def methods_page() -> str:
     return "\n".join(parts + sections)
 
 
-
-
 def loop_of(path: pathlib.Path) -> str:
     """The loop whose file it includes, or the file that it includes does."""
     (included, *_) = re.findall(r"include 'gin/(\w+)/(\w+)\.gin'", path.read_text())

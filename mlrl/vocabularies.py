@@ -221,7 +221,14 @@ def chat(vocabulary: Vocabulary, template: str = "") -> Chat:
 
 def as_user_message(vocabulary: Vocabulary, template: str = "", *, system: str = "",
                     variables: Mapping[str, Any] = {}) -> Callable[[str], str]:  # noqa: B006  # fmt: skip
-    """A prompt template for tasks: text -> a conversation of that one user message, ready for the answer."""
+    """A prompt template for tasks: text -> a conversation of that one user message, ready for the answer.
+
+    Args:
+      vocabulary: whose chat template it is.
+      template: another one, as Jinja text.
+      system: a message of the system before it; "" is none.
+      variables: what the template reads besides.
+    """
     conversation = chat(vocabulary, template)
     before = [{"role": "system", "content": system}] if system else []
 

@@ -35,7 +35,7 @@ def whiten(x: Array, mask: Array, *, ddof: int = 1, eps: float = 1e-8, centre: b
         mask: [B,L] bool.
         ddof: subtracted from the count under the variance.
         eps: added to the variance, not to the standard deviation.
-        centre: False only divides: x / sqrt(var + eps). (verl's and TRL's shift_mean=False leaves the mean itself.)
+        centre: False only divides: x / sqrt(var + eps). (verl's shift_mean=False keeps the mean itself.)
 
     Returns:
         [B,L], 0 outside the mask.

@@ -35,7 +35,7 @@ def the_update(experiment: Any, rows: int, reads: Collection[str] = ()) -> str:
     micro = experiment.micro_batch_rows
     pieces = f", in micro-batches of {micro}" if micro and micro != each else ""
     unclipped = ""
-    if steps == 1 and "Batch.old_log_probs" in reads and not getattr(experiment, "steps_ahead", 0):
+    if steps == 1 and "Batch.old_log_probs" in reads and not experiment.steps_ahead:
         unclipped = "; its ratio to the policy that sampled is 1, so that nothing is clipped"
     return (f"{experiment.epochs} epoch(s) x {experiment.minibatches} minibatch(es) = {steps} optimizer step(s) of "
             f"{each} rows{pieces}{unclipped}")  # fmt: skip

@@ -122,7 +122,7 @@ def cispo(
 ) -> tuple[Array, Metrics]:
     """CISPO: REINFORCE with a clipped, constant importance weight: `surrogates.clipped_weight`. Arguments as there.
 
-    MiniMax-M1 does not say its clip_high; 0.2 is verl's example, and ScaleRL caps the weight at 5 (clip_high = 4).
+    MiniMax-M1 does not say its clip_high; 0.2 is verl's example.
     """
     lr = _log_ratio(scores, batch)
     log_probs = jnp.where(batch.mask, scores.log_probs, 0.0)
