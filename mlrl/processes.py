@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pathlib
 import pickle
 import signal
+import socket
 import threading
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -106,6 +110,38 @@ def everywhere(compute: Callable[[], Any]) -> list[Any]:
 def by_first(compute: Callable[[], Any]) -> Any:
     """What compute() gives in the first process, everywhere; the others wait. Raises Refused as `in_shares` does."""
     return everywhere(lambda: compute() if is_first() else None)[0]
+
+
+def require_shared(folder: str | os.PathLike, seconds: float = 20.0) -> None:
+    """Refuses a folder that is not one and the same for all processes: each would keep a part of every checkpoint.
+
+    The first process writes a file there, which the others must see within so many seconds.
+
+    Raises: Refused, in every process.
+    """
+    if jax.process_count() == 1:
+        return
+
+    def write() -> pathlib.Path:
+        path = pathlib.Path(folder, f".seen-by-all-{uuid.uuid4().hex}")
+        path.touch()
+        return path
+
+    def look() -> str:
+        end = time.monotonic() + seconds
+        while not mark.exists():
+            if time.monotonic() > end:
+                return (f"{folder} is not one folder for all processes: process {jax.process_index()} on "
+                        f"{socket.gethostname()} does not see what the first one wrote there; name a folder on a disk, "
+                        "or in a mounted bucket, that all of them share")  # fmt: skip
+            time.sleep(0.1)
+        return ""
+
+    mark = by_first(write)
+    said = everywhere(look)
+    by_first(lambda: mark.unlink(missing_ok=True))
+    if any(said):
+        raise Refused(next(filter(None, said)))
 
 
 def exchanged(value: Any) -> list[Any]:

@@ -368,5 +368,6 @@ def evaluate_run(folder: str | pathlib.Path, experiment: Any, loop: Any, *, task
         step = int(state.step)
         evaluate = evaluator(evaluations, parts.model, experiment.rollout_fn, parts.reference_model)
         results = evaluate(lora.policy(state), step, step, lora.reference(state))
-    write_results(folder, step, results)
+    if processes.is_first():
+        write_results(folder, step, results)
     return results

@@ -338,7 +338,7 @@ train.loop = \\
 
 
 def test_a_bucket_is_no_folder():
-    with pytest.raises(Refused, match="gs://b/run is no folder of this machine: mount the bucket"):
+    with pytest.raises(Refused, match="gs://b/run is no path of this machine: mount the bucket"):
         checkpoints.claim_run_folder("gs://b/run", CONFIG)
 
 
