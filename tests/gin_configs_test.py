@@ -180,9 +180,10 @@ def write_run(folder, experiment):
 
 
 def prepared(path, overrides=None, **changes):
-    """(experiment, loop): loaded, checked, traced, and every binding used. On one device."""
-    experiment, _ = main.load(str(path), overrides)
-    experiment = dataclasses.replace(experiment, mesh=functools.partial(meshes.mesh, devices=1), **changes)
+    """(experiment, loop): loaded, checked, traced, and every binding used. On one device, unless it names a mesh."""
+    experiment, config = main.load(str(path), overrides)
+    alone = {} if re.search(r"\bmesh\.\w+ =", config) else {"mesh": functools.partial(meshes.mesh, devices=1)}
+    experiment = dataclasses.replace(experiment, **alone, **changes)
     loop, _ = main._prepared(experiment)
     return experiment, loop
 
@@ -216,6 +217,8 @@ def test_an_experiment_runs_a_tiny_step(path, tmp_path):
         experiment, model=dataclasses.replace(experiment.model, **SMALL), start=random_parameters, evaluations=(),
         micro_batch_rows=0, **TINY[loop.__name__.rpartition(".")[-1]],
     )  # fmt: skip
+    if experiment.mesh().size > 1:  # over which prompts are split
+        tiny = dataclasses.replace(tiny, prompts_per_step=experiment.mesh().size)
     assert one_step(tiny, loop, tmp_path / "run")["tokens"] > 0
 
 
