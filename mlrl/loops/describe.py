@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from mlrl import meshes
 from mlrl import prompts as prompts_lib
+from mlrl.axes import divided
 from mlrl.evaluation import completions
 from mlrl.loops import checks
 from mlrl.models.transformer import Config, cache_bytes
@@ -92,18 +93,27 @@ def the_memory(config: Config, state: TrainState, *, rows: int, columns: int, sc
 def the_meshes(experiment: Any) -> str:
     """How many devices, and how they are arranged."""
     mesh, rollout_mesh = checks.meshes_of(experiment)
-    return meshes.words(mesh) + ("" if rollout_mesh == mesh else f", and for rollouts {meshes.words(rollout_mesh)}")
+    whole = "all of it together on " if mesh.size > 1 else ""
+    return whole + meshes.words(mesh) + ("" if rollout_mesh == mesh else f", and for rollouts {meshes.words(rollout_mesh)}")
 
 
 def the_evaluations(experiment: Any) -> str:
     """What is measured, and when."""
     if not experiment.evaluations:
         return "none: set Experiment.evaluations to measure held-out prompts"
+    mesh = checks.meshes_of(experiment)[0]
+    shards = meshes.row_shards(mesh)
+
+    def split(prompts: int) -> str:
+        parts = math.prod(mesh.shape[axis] for axis in divided("rows", prompts, mesh))
+        return "" if parts == shards else (f"; {prompts} do not divide over the {shards} devices that rows are split "
+                                           f"over, and are cut into {parts}")  # fmt: skip
+
     return "; ".join(
         f"{e.task.name}: {e.prompts} prompts, {e.words()}"
-        + (f", every {e.every_steps} steps" if e.every_steps else ", before and after")
+        + (f", every {e.every_steps} steps" if e.every_steps else ", before and after") + split(e.prompts)
         for e in experiment.evaluations
-    )  # fmt: skip
+    )
 
 
 def tried(reward: RewardFn, task: Task, *, rows: int = 3) -> list[str]:
