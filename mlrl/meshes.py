@@ -106,8 +106,8 @@ def _shape(devices: int, sizes: Mapping[str, int]) -> tuple[int, ...]:
     given = math.prod(size for size in sizes.values() if size)
     if devices % given or (not rest and given != devices):
         product = " x ".join(f"{name} {size}" for name, size in sizes.items() if size != 1)
-        more = (f"; to check on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count={given} makes {given} devices "
-                "of it") if given > devices and not _DEVICES.get() and jax.default_backend() == "cpu" else ""  # fmt: skip
+        pretended = given > devices and not _DEVICES.get() and jax.default_backend() == "cpu"
+        more = "; XLA_FLAGS=--xla_force_host_platform_device_count=N makes N devices of a CPU" if pretended else ""
         raise Refused(f"mesh: {product or 'data 1'} does not multiply to {devices} devices: change a size, or set "
                       f"one axis to 0, or mesh.devices{more}")  # fmt: skip
     return tuple(size or devices // given for size in sizes.values())

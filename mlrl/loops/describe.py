@@ -93,7 +93,7 @@ def the_memory(config: Config, state: TrainState, *, rows: int, columns: int, sc
 def the_meshes(experiment: Any) -> str:
     """How many devices, and how they are arranged."""
     mesh, rollout_mesh = checks.meshes_of(experiment)
-    whole = "all of it together on " if mesh.size > 1 else ""
+    whole = "before any of it is split over " if mesh.size > 1 else ""
     return whole + meshes.words(mesh) + ("" if rollout_mesh == mesh else f", and for rollouts {meshes.words(rollout_mesh)}")
 
 
