@@ -112,7 +112,7 @@ def by_first(compute: Callable[[], Any]) -> Any:
     return everywhere(lambda: compute() if is_first() else None)[0]
 
 
-def require_shared(folder: str | os.PathLike, seconds: float = 20.0) -> None:
+def require_shared(folder: str | os.PathLike, seconds: float = 10.0) -> None:
     """Refuses a folder that is not one and the same for all processes: each would keep a part of every checkpoint.
 
     The first process writes a file there, which the others must see within so many seconds.

@@ -270,6 +270,14 @@ def test_the_files_of_meshes_are_those_that_are_tested():
     assert {path.stem for path in REPO.glob("gin/meshes/*.gin")} == {*MESHES, "rollout_tensor", "apart"}
 
 
+def test_a_mesh_takes_no_knob_of_another_file():
+    """A macro of the same name would be one for both: the folder of a task's data, say, and a number of copies."""
+    macros = {path: set(re.findall(r"^([A-Z_]+) =", path.read_text(), re.M)) for path in REPO.glob("gin/**/*.gin")}
+    of_meshes = set.union(*(names for path, names in macros.items() if path.parent.name == "meshes"))
+    of_others = set.union(*(names for path, names in macros.items() if path.parent.name != "meshes"))
+    assert "TENSOR" in of_meshes and of_meshes & of_others == set()
+
+
 @pytest.mark.parametrize("name", MESHES)
 def test_a_mesh_is_chosen_by_an_include(name, tmp_path):
     path = compose("sft", tmp_path)

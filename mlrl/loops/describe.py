@@ -94,7 +94,8 @@ def the_meshes(experiment: Any) -> str:
     """How many devices, and how they are arranged."""
     mesh, rollout_mesh = checks.meshes_of(experiment)
     whole = "before any of it is split over " if mesh.size > 1 else ""
-    return whole + meshes.words(mesh) + ("" if rollout_mesh == mesh else f", and for rollouts {meshes.words(rollout_mesh)}")
+    other = "" if rollout_mesh == mesh else f", and for rollouts {meshes.words(rollout_mesh)}"
+    return whole + meshes.words(mesh) + other
 
 
 def the_evaluations(experiment: Any) -> str:
