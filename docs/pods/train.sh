@@ -33,7 +33,7 @@ test -x venv/bin/python || python3.11 -m venv venv 2> /dev/null || {
   python3 -m pip install -qq --user uv
   python3 -m uv venv --seed --python 3.11 venv
 }
-venv/bin/python -m pip install -qq './mlrl[tpu]'
+venv/bin/python -m pip install -qq -c mlrl/requirements.lock './mlrl[tpu]'
 # A checkpoint is complete when its folder gets its name, which a mounted bucket refuses unless it is told otherwise.
 mountpoint -q bucket || gcsfuse --implicit-dirs --rename-dir-limit=200000 $(printf %q "${bucket}") bucket"
 
