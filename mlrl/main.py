@@ -107,7 +107,7 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     if arguments.seeds or arguments.sweep:
         _train_together(arguments, overrides, folder)
         return
-    experiment, config = load(arguments.experiment, overrides)
+    experiment, config = processes.together(lambda: load(arguments.experiment, overrides))
     from mlrl import folders, profiling, runs
 
     profile = profiling.Steps.parse(arguments.profile_steps) if arguments.profile_steps else profiling.Steps()
@@ -230,7 +230,7 @@ def _evaluate(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     from mlrl import processes, runs
 
     processes.join()
-    experiment = _experiment_of(arguments.run_dir, overrides)
+    experiment = processes.together(lambda: _experiment_of(arguments.run_dir, overrides))
     results = runs.evaluate_run(arguments.run_dir, experiment, _loop_of(experiment), task=arguments.task,
                                 prompts=arguments.prompts, samples=arguments.samples)  # fmt: skip
     if not processes.is_first():

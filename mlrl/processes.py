@@ -92,6 +92,26 @@ def in_shares(count: int, compute: Callable[[range], Sequence[Any]]) -> list[Any
     return [result for share in everywhere(lambda: list(compute(own))) for result in share]
 
 
+def together(compute: Callable[[], Any]) -> Any:
+    """What compute() gives in this process, if it was refused in none; in compute() the processes must not meet.
+
+    Raises: Refused, in every process, with the words of those that refused it: a file may be missing on one host only.
+    """
+    if jax.process_count() == 1:
+        return compute()
+    try:
+        value, words = compute(), ""
+    except Refused as error:
+        value, words = None, str(error)
+    said = exchanged((words, socket.gethostname()))
+    refusing = [i for i, (words, _) in enumerate(said) if words]
+    if not refusing:
+        return value
+    words, host = said[refusing[0]]
+    all_alike = len(refusing) == len(said) and len({words for words, _ in said}) == 1
+    raise Refused(words if all_alike else f"process {refusing[0]} on {host}: {words}")
+
+
 def everywhere(compute: Callable[[], Any]) -> list[Any]:
     """What compute() gave in each process, in their order, everywhere. Raises Refused as `in_shares` does."""
     if jax.process_count() == 1:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -93,7 +94,7 @@ def started(folder, name, count, words=("train", "my.gin", "--run_dir"), own=Fal
     command = [sys.executable, "-m", "mlrl", *words, name]
     where = [folder / f"disk_{index}" if own else folder for index in range(count)]
     for place in where if own else ():
-        place.mkdir()
+        place.mkdir(exist_ok=True)
         shutil.copy(folder / "my.gin", place)
     return [subprocess.Popen(command, cwd=place, env=os.environ | given | {"JAX_PROCESS_ID": str(index)}, text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -160,6 +161,16 @@ def test_processes_with_disks_of_their_own_are_refused(folder):
         (line,) = [line for line in words.splitlines() if line.startswith("mlrl: ")]
         assert "own is not one folder for all processes: process 1 on" in line and "Traceback" not in words
     assert not list(folder.glob("disk_*/own/checkpoints")) and not list(folder.glob("disk_*/own/.seen*"))
+
+
+def test_what_is_missing_on_one_host_is_said_by_all(folder):
+    (folder / "disk_0").mkdir(exist_ok=True)
+    (folder / "disk_0" / "their.gin").write_text(GIN)
+    statuses, said = ended(started(folder, "missing", 2, words=["train", "their.gin", "--run_dir"], own=True))
+    assert statuses == [2, 2], said
+    for words in said:
+        (line,) = [line for line in words.splitlines() if line.startswith("mlrl: ")]
+        assert re.fullmatch("mlrl: process 1 on .*: there is no file their.gin: .*", line) and "Traceback" not in words
 
 
 def test_two_processes_evaluate_as_one_and_another_mesh_goes_on(folder, alone):
