@@ -94,7 +94,7 @@ def started(folder, name, count, words=("train", "my.gin", "--run_dir"), own=Fal
     command = [sys.executable, "-m", "mlrl", *words, name]
     where = [folder / f"disk_{index}" if own else folder for index in range(count)]
     for place in where if own else ():
-        place.mkdir(exist_ok=True)
+        (place / "asked").mkdir(parents=True, exist_ok=True)
         shutil.copy(folder / "my.gin", place)
     return [subprocess.Popen(command, cwd=place, env=os.environ | given | {"JAX_PROCESS_ID": str(index)}, text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
