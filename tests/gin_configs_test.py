@@ -293,7 +293,8 @@ def test_rollouts_may_be_on_another_mesh_than_the_update(tmp_path):
     path.write_text(path.read_text() + "include 'gin/meshes/fsdp.gin'\ninclude 'gin/meshes/rollout_tensor.gin'\n")
     experiment, _ = main.load(str(path))
     _, parts = main._prepared(experiment)
-    assert "8 device(s): fsdp 8, and for rollouts 8 device(s): data 4 x tensor 2" in online.describe(parts)
+    words = "before any of it is split over 8 device(s): fsdp 8, and for rollouts 8 device(s): data 4 x tensor 2"
+    assert words in online.describe(parts)
 
 
 def test_rollouts_may_have_devices_of_their_own(tmp_path):
