@@ -145,7 +145,7 @@ def test_an_export_needs_none_of_the_run_s_devices(run, capsys, tmp_path):
     shutil.copytree(folder / "run", tmp_path / "run")
     config = (tmp_path / "run" / "config.gin").read_text()
     assert "mesh.devices = 1" in config
-    on_many = re.sub(r"(\S*)mesh.devices = 1", r"\1mesh.fsdp = 64\nmlrl.meshes.rearranged.tensor = 8", config)
+    on_many = re.sub(r"(\S*)mesh.devices = 1", r"\1mesh.fsdp = 64\nmeshes.rearranged.tensor = 8", config)
     on_many += "\nonline.Experiment.rollout_mesh = @meshes.rearranged\n"
     (tmp_path / "run" / "config.gin").write_text(on_many)
     for name in (folder, tmp_path):
