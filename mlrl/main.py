@@ -357,3 +357,7 @@ def _require_file(path: pathlib.Path, what_to_do: str) -> None:
 def _loop_of(experiment: Any) -> Any:
     """The loop's module: an experiment's class is defined beside the functions that run it."""
     return sys.modules[type(experiment).__module__]
+
+
+if __name__ == "__main__":  # gin files import this module by its name, which would make a second one
+    sys.exit("mlrl: call it as `mlrl ...` or `python -m mlrl ...`")

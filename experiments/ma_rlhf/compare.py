@@ -16,7 +16,7 @@ from experiments import arms
 from experiments.study import plot, shown, shown_gain
 
 NAMES = ("token", "token_long", "fixed_3", "fixed_5", "fixed_10", "totals", "perplexity",
-         "learned_token", "learned_fixed_5", "learned_totals")  # fmt: skip
+         "learned_token", "learned_token_long", "learned_fixed_5", "learned_totals")  # fmt: skip
 ARMS = {name: f"experiments/ma_rlhf/{name}.gin" for name in NAMES}
 TASK, METRIC = "held_out_chains", "mean@2"
 
