@@ -34,6 +34,14 @@ def test_the_reward_over_training_is_a_mean_over_the_steps_between_two_evaluatio
     assert compare.rewards(one) == {0: 1.0, 2: 2.0, 5: 7.0}
 
 
+def test_how_much_sooner_an_arm_has_the_reward_that_token_ends_with():
+    assert compare.first_reach([0.0, 2.0, 4.0, 6.0], 3.0, 2) == 3 and compare.first_reach([0.0, 1.0], 1.0, 2) is None
+    token, fast = ({"log": {"reward": log}} for log in ([0.0, 1.0, 2.0, 3.0], [3.0, 3.0, 3.0, 3.0]))
+    lines = compare.sooner({"learned_token": [token, token], "learned_fixed_5": [fast, fast]}, width=2).splitlines()
+    assert lines[2].startswith("| learned_token | 4, 4 | 1.000 [")
+    assert lines[3].startswith("| learned_fixed_5 | 2, 2 | 2.000 [")
+
+
 def test_without_the_token_arm_there_is_nothing_to_measure_by():
     with pytest.raises(SystemExit, match="add it to --arms"):
         compare.table({"fixed_5": CURVES["fixed_5"]})

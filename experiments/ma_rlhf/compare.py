@@ -9,7 +9,7 @@ Arms named learned_... have a learned reward, and are measured by `learned_token
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments import arms
@@ -29,7 +29,7 @@ def main() -> None:
     plot(curves, f"held-out accuracy ({METRIC})", folder / "plot.png", limits=(0.0, 0.4))
     if any(name.startswith("learned_") for name in found):
         learned = {name: [rewards(one) for one in runs] for name, runs in found.items()}
-        text += "\n" + table(learned, "reward")
+        text += "\n" + table(learned, "reward") + "\n" + sooner(found)
         plot(learned, "learned reward", folder / "reward.png", limits=None)
     (folder / "table.md").write_text(text)
     print(text)
@@ -41,6 +41,29 @@ def rewards(one: Mapping[str, Any]) -> dict[int, float]:
     logged, steps = one["log"]["reward"], sorted(map(int, one["evaluations"]))
     means = {step: sum(logged[before:step]) / (step - before) for before, step in zip(steps, steps[1:])}
     return {steps[0]: logged[0]} | means
+
+
+def sooner(found: Mapping[str, list[Mapping[str, Any]]], base: str = "learned_token", width: int = 15) -> str:
+    """A Markdown table: of each seed, when the reward of the last `width` steps is first that of `base` at its end.
+
+    The base's own row says how early noise alone gets there.
+    """
+    lines = [f"| arm | first step with the last reward of `{base}`, means of {width} steps | the base's over it |",
+             "|---|---|---|"]  # fmt: skip
+    logs = {name: [one["log"]["reward"] for one in runs] for name, runs in found.items()}
+    goals = [sum(log[-width:]) / width for log in logs[base]]
+    reached = {name: [first_reach(log, goal, width) for log, goal in zip(of, goals)] for name, of in logs.items()}
+    for name, steps in reached.items():
+        each = ", ".join("never" if step is None else str(step) for step in steps)
+        ratios = [mine / step for mine, step in zip(reached[base], steps) if step]
+        lines.append(f"| {name} | {each} | {shown(ratios) if ratios else each} |")
+    return "\n".join(lines) + "\n"
+
+
+def first_reach(log: Sequence[float], goal: float, width: int) -> int | None:
+    """The first step at which the mean of the last `width` values is at least `goal`; None if there is none."""
+    means = ((step, sum(log[step - width : step]) / width) for step in range(width, len(log) + 1))
+    return next((step for step, mean in means if mean >= goal), None)
 
 
 def parity(one: dict[int, float], goal: float) -> int | None:
