@@ -76,7 +76,8 @@ def test_openings_of_a_model_without_a_preference():
 def test_openings_tell_what_is_good_from_what_is_not():
     """An untrained model, whose probabilities of all moves at all first moves are summed here."""
     model = Transformer(dataclasses.replace(MODEL.config, vocabulary_size=words.VOCABULARY.size))
-    params = jax.tree.map(lambda x: 3 * x, initialize(model, jax.random.key(0)))
+    stirred = lambda x: x + 0.3 * jnp.sin(1.7 * jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)  # noqa: E731
+    params = jax.tree.map(stirred, initialize(model, jax.random.key(0)))  # so that all that was read matters
     known, give, ask = negotiation.offers(words.VOCABULARY, (2, 2))
     prompts, openings = negotiation.first_moves(start=(2, 2))
     everything = reading.policy_at_information_sets(
