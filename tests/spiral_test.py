@@ -9,7 +9,8 @@ import pytest
 from experiments.spiral import compare
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
-TINY = {"STEPS": 2, "WARM_STEPS": 1, "ROWS_PER_PROMPT": 2, "EVERY_STEPS": 2, "MATCH_EVERY_STEPS": 2}
+TINY = {"STEPS": 2, "WARM_STEPS": 1, "ROWS_PER_PROMPT": 2, "EVERY_STEPS": 2, "MATCH_EVERY_STEPS": 2,
+        "Match.prompts": 16}  # fmt: skip
 
 
 def test_every_arm_has_a_file():
