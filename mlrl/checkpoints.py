@@ -171,7 +171,7 @@ def restore(manager: Manager, template: TrainState, *, step: int = -1) -> TrainS
         except Refused:
             raise
         except Exception as error:  # orbax and tensorstore raise every kind for a damaged file
-            reason = str(error).split("\n")[0].split(" See full")[0][:150] or type(error).__name__
+            reason = _said(error)
         reason = next(filter(None, processes.exchanged(reason)), "")  # all restore the same step
         if not reason:
             return state
@@ -191,7 +191,8 @@ def restore_params(folder: str | os.PathLike, template: Any) -> Any:
         left out.
 
     Raises:
-      Refused: there is no complete checkpoint, or the parameters differ from the template's in path, shape or dtype.
+      Refused: there is no complete checkpoint, or it is damaged, or the parameters differ from the template's in path,
+        shape or dtype.
     """
     path, saved = _last_saved(folder)
     wanted = dict(zip(_PARAMETERS, lora.split(jax.tree.map(_placed, template))))
@@ -200,8 +201,13 @@ def restore_params(folder: str | os.PathLike, template: Any) -> Any:
     _require_same_leaves([leaf for leaf in named if leaf["path"] in paths], wanted, str(path))
     how = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding), wanted)
     args = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True)
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        restored = checkpointer.restore(path / _STATE, args=args)
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            restored = checkpointer.restore(path / _STATE, args=args)
+        _require_checksums(named, restored)
+    except Exception as error:
+        raise Refused(f"checkpoint {path} is damaged ({_said(error)}): `mlrl train` on its run sets it aside and "
+                      "goes on from the one before") from error  # fmt: skip
     return lora.join(restored["frozen"], restored["params"])
 
 
@@ -343,6 +349,11 @@ def _require_checksums(saved: list[dict[str, Any]], state: Any) -> None:
         now = _checksum(leaf)
         if sums[path] is not None and now is not None and sums[path] != now:
             raise ValueError(f"{path} is not what was saved (its bytes changed on disk)")
+
+
+def _said(error: Exception) -> str:
+    """The first line of an error of orbax or tensorstore."""
+    return str(error).split("\n")[0].split(" See full")[0][:150] or type(error).__name__
 
 
 def _forget_failed_reads() -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
 import pathlib
 import shutil
 from typing import Any
 
-from mlrl import meshes, runs, tokenizer_files
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mlrl import checkpoints, meshes, runs, tokenizer_files
 from mlrl.models import lora, pretrained
 from mlrl.models.families import OURS
 from mlrl.models.settings import NO_MATTER
@@ -21,6 +26,8 @@ _WRITTEN_ANEW = {"architectures", "model_type", "dtype", "torch_dtype", "transfo
 def export_run(folder: str | os.PathLike, experiment: Any, loop: Any, out: str | os.PathLike, *,
                shard_bytes: int = 5_000_000_000) -> list[str]:  # fmt: skip
     """Writes the policy of a run's last checkpoint to a folder that transformers loads.
+
+    It takes a host's memory for the policy's parameters, and no accelerator, on whatever mesh the run was.
 
     A value head or critic is left out: no architecture has a place for it. Adapters are merged into the weights, which
     are then fp32, so that the folder's model is the one that was trained. Of a run that began with pretrained weights,
@@ -39,14 +46,17 @@ def export_run(folder: str | os.PathLike, experiment: Any, loop: Any, out: str |
     if shard_bytes < 1:
         raise Refused("mlrl export: --shard_gb must be above 0")
     runs.require_checkpoint(folder)
-    parts, vocabulary = loop.prepare(experiment), experiment.task.vocabulary
-    with meshes.use(experiment.mesh()) as mesh:
-        state = runs.last_state(folder, loop.abstract_state(parts), mesh)
-    config = parts.model.config
-    params, merged = lora.merge(lora.policy(state), config)
+    with meshes.on(jax.devices("cpu")[:1]), meshes.use(meshes.mesh()) as mesh:
+        parts, vocabulary = loop.prepare(_on_one_device(experiment)), experiment.task.vocabulary
+        whole = NamedSharding(mesh, PartitionSpec())
+        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
+                              lora.policy(loop.abstract_state(parts)))  # fmt: skip
+        params = checkpoints.restore_params(folder / "checkpoints", wanted)
+    step, config = checkpoints.latest_step(folder / "checkpoints"), parts.model.config
+    params, merged = lora.merge(params, config)
     files = pretrained.write(out, params, merged, more=_more(experiment, vocabulary), shard_bytes=shard_bytes)
     copied = _copy_tokenizer(vocabulary, out)
-    said = [f"step {int(state.step)} of {folder} is in {out}: {', '.join([*files, *copied])}"]
+    said = [f"step {step} of {folder} is in {out}: {', '.join([*files, *copied])}"]
     if merged != config:
         said.append(f"adapters of rank {config.lora_rank} are merged into the weights, which are {merged.param_dtype}")
     if not copied:
@@ -55,6 +65,13 @@ def export_run(folder: str | os.PathLike, experiment: Any, loop: Any, out: str |
     if left:
         said.append(f"left out, since no architecture has a place for it: Config.{', Config.'.join(left)}")
     return said
+
+
+def _on_one_device(experiment: Any) -> Any:
+    """The experiment without its meshes, which this machine need not have the devices for."""
+    alone = {"mesh": functools.partial(meshes.mesh, devices=1), "rollout_mesh": meshes.same}
+    known = {field.name for field in dataclasses.fields(experiment)}
+    return dataclasses.replace(experiment, **{name: one for name, one in alone.items() if name in known})
 
 
 def _more(experiment: Any, vocabulary: Vocabulary) -> dict[str, Any]:

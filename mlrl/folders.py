@@ -11,6 +11,21 @@ from collections.abc import Iterator, Sequence
 
 from mlrl.types import Refused
 
+# What a run may change on its way, beside its length: how the same arithmetic is laid out over devices, and cut into
+# parts that fit. A run that goes on with fewer or more devices needs it, and is the same up to rounding.
+LAYOUT = (
+    "Experiment.mesh", "Experiment.rollout_mesh",
+    *(f"{function}.{axis}" for function in ("mesh", "rearranged", "others")
+      for axis in ("data", "fsdp", "tensor", "sequence", "expert", "devices")),
+    "micro_batch_rows", "score_chunk_columns", "score_chunk_vocabulary",
+)  # fmt: skip
+
+
+def require_local(path: str | os.PathLike) -> None:
+    """Raises Refused for an address, such as a bucket's, which would be taken for the name of a folder here."""
+    if "://" in str(path):
+        raise Refused(f"{path} is no path of this machine: mount the bucket (docs/pods.md), and name where")
+
 
 def claim_run_folder(folder: str | os.PathLike, config: str, *, may_differ: tuple[str, ...] = ()) -> bool:
     """Makes `folder` the home of the run that `config` describes, or confirms that it is.
@@ -29,8 +44,7 @@ def claim_run_folder(folder: str | os.PathLike, config: str, *, may_differ: tupl
     Raises:
       Refused: it holds another run (with the lines that differ), or files of something else, or cannot be written.
     """
-    if "://" in str(folder):
-        raise Refused(f"{folder} is no folder of this machine: mount the bucket (docs/pods.md), and name where")
+    require_local(folder)
     folder = pathlib.Path(folder)
     path = folder / "config.gin"
     if path.is_file():

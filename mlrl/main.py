@@ -107,7 +107,7 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     if arguments.seeds or arguments.sweep:
         _train_together(arguments, overrides, folder)
         return
-    experiment, config = load(arguments.experiment, overrides)
+    experiment, config = processes.together(lambda: load(arguments.experiment, overrides))
     from mlrl import folders, profiling, runs
 
     profile = profiling.Steps.parse(arguments.profile_steps) if arguments.profile_steps else profiling.Steps()
@@ -115,10 +115,11 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     _require_finite_rewards(parts)
 
     def claim() -> None:
-        folders.claim_run_folder(folder, config, may_differ=("num_steps", "num_rounds"))
+        folders.claim_run_folder(folder, config, may_differ=("num_steps", "num_rounds", *folders.LAYOUT))
         folders.write_atomically(pathlib.Path(folder, "operative_config.gin"), _operative_config())
 
     processes.by_first(claim)
+    processes.require_shared(folder)
     with runs.Run(folder, experiment.recording, profile=profile) as run:
         loop.train(experiment, run)
     if arguments.report and processes.is_first():
@@ -226,13 +227,14 @@ def _prepared(experiment: Any) -> tuple[Any, Any]:
 
 
 def _evaluate(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
-    config = pathlib.Path(arguments.run_dir, "config.gin")
-    _require_file(config, "a run folder has a config.gin")
-    experiment, _ = load(str(config), overrides)
-    from mlrl import runs
+    from mlrl import processes, runs
 
+    processes.join()
+    experiment = processes.together(lambda: _experiment_of(arguments.run_dir, overrides))
     results = runs.evaluate_run(arguments.run_dir, experiment, _loop_of(experiment), task=arguments.task,
                                 prompts=arguments.prompts, samples=arguments.samples)  # fmt: skip
+    if not processes.is_first():
+        return
     for task, found in results.items():
         for name, r in found.items():
             print(f"{task}  {name:<8} {r['value']:.3f}  [{r['low']:.3f}, {r['high']:.3f}]  {r['prompts']} prompts")
@@ -240,20 +242,31 @@ def _evaluate(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 
 def _export(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
-    config = pathlib.Path(arguments.run_dir, "config.gin")
-    _require_file(config, "a run folder has a config.gin")
-    experiment, _ = load(str(config), overrides)
-    from mlrl import export
+    from mlrl import export, folders
 
+    folders.require_local(arguments.out_dir)
+    experiment = _experiment_of(arguments.run_dir, overrides)
     for line in export.export_run(arguments.run_dir, experiment, _loop_of(experiment), arguments.out_dir,
                                   shard_bytes=int(arguments.shard_gb * 1e9)):  # fmt: skip
         print(line)
 
 
+def _experiment_of(run_dir: str, overrides: dict[str, str]) -> Any:
+    """The experiment that a run folder's config.gin describes."""
+    from mlrl import folders
+
+    folders.require_local(run_dir)
+    config = pathlib.Path(run_dir, "config.gin")
+    _require_file(config, "a run folder has a config.gin")
+    return load(str(config), overrides)[0]
+
+
 def _report(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     del overrides
-    from mlrl import report
+    from mlrl import folders, report
 
+    for path in (*arguments.run_dirs, arguments.out):
+        folders.require_local(path)
     out = pathlib.Path(arguments.out or pathlib.Path(arguments.run_dirs[0], "report.html"))
     print(report.write_report(arguments.run_dirs, out))
 

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pathlib
 import pickle
 import signal
+import socket
 import threading
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -88,6 +92,26 @@ def in_shares(count: int, compute: Callable[[range], Sequence[Any]]) -> list[Any
     return [result for share in everywhere(lambda: list(compute(own))) for result in share]
 
 
+def together(compute: Callable[[], Any]) -> Any:
+    """What compute() gives in this process, if it was refused in none; in compute() the processes must not meet.
+
+    Raises: Refused, in every process, with the words of those that refused it: a file may be missing on one host only.
+    """
+    if jax.process_count() == 1:
+        return compute()
+    try:
+        value, words = compute(), ""
+    except Refused as error:
+        value, words = None, str(error)
+    said = exchanged((words, socket.gethostname()))
+    refusing = [i for i, (words, _) in enumerate(said) if words]
+    if not refusing:
+        return value
+    words, host = said[refusing[0]]
+    all_alike = len(refusing) == len(said) and len({words for words, _ in said}) == 1
+    raise Refused(words if all_alike else f"process {refusing[0]} on {host}: {words}")
+
+
 def everywhere(compute: Callable[[], Any]) -> list[Any]:
     """What compute() gave in each process, in their order, everywhere. Raises Refused as `in_shares` does."""
     if jax.process_count() == 1:
@@ -106,6 +130,38 @@ def everywhere(compute: Callable[[], Any]) -> list[Any]:
 def by_first(compute: Callable[[], Any]) -> Any:
     """What compute() gives in the first process, everywhere; the others wait. Raises Refused as `in_shares` does."""
     return everywhere(lambda: compute() if is_first() else None)[0]
+
+
+def require_shared(folder: str | os.PathLike, seconds: float = 10.0) -> None:
+    """Refuses a folder that is not one and the same for all processes: each would keep a part of every checkpoint.
+
+    The first process writes a file there, which the others must see within so many seconds.
+
+    Raises: Refused, in every process.
+    """
+    if jax.process_count() == 1:
+        return
+
+    def write() -> pathlib.Path:
+        path = pathlib.Path(folder, f".seen-by-all-{uuid.uuid4().hex}")
+        path.touch()
+        return path
+
+    def look() -> str:
+        end = time.monotonic() + seconds
+        while not mark.exists():
+            if time.monotonic() > end:
+                return (f"{folder} is not one folder for all processes: process {jax.process_index()} on "
+                        f"{socket.gethostname()} does not see what the first one wrote there; name a folder on a disk, "
+                        "or in a mounted bucket, that all of them share")  # fmt: skip
+            time.sleep(0.1)
+        return ""
+
+    mark = by_first(write)
+    said = everywhere(look)
+    by_first(lambda: mark.unlink(missing_ok=True))
+    if any(said):
+        raise Refused(next(filter(None, said)))
 
 
 def exchanged(value: Any) -> list[Any]:

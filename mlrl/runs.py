@@ -170,7 +170,8 @@ class Run:
         self._clock += self._now() - start
 
     def save(self, state: TrainState, results: Results | None = None) -> None:
-        """Writes a checkpoint of the state, asynchronously."""
+        """Writes a checkpoint of the state, asynchronously, and keeps what the logs say up to it."""
+        self._writers.settle()
         checkpoints.save(self._checkpoints, int(state.step), state, _flat(results or {}))
 
     def record(self, state: TrainState, step: int, metrics: Metrics, batch: Batch) -> Results:
@@ -368,5 +369,6 @@ def evaluate_run(folder: str | pathlib.Path, experiment: Any, loop: Any, *, task
         step = int(state.step)
         evaluate = evaluator(evaluations, parts.model, experiment.rollout_fn, parts.reference_model)
         results = evaluate(lora.policy(state), step, step, lora.reference(state))
-    write_results(folder, step, results)
+    if processes.is_first():
+        write_results(folder, step, results)
     return results

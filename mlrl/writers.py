@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 import jax
@@ -30,8 +30,9 @@ class Writers:
     """The open logs of a run; from `open_writers`."""
 
     def __init__(self, sinks: Sequence[Sink], samples: Callable[[Mapping], None],
-                 closers: Sequence[Callable[[], None]]):  # fmt: skip
+                 closers: Sequence[Callable[[], None]], settlers: Sequence[Callable[[], None]] = ()):  # fmt: skip
         self._sinks, self._samples, self._closers = tuple(sinks), samples, tuple(closers)
+        self._settlers = tuple(settlers)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Logs the metrics of a step everywhere, on disk when this returns; NaN and infinities are null in JSON."""
@@ -43,6 +44,11 @@ class Writers:
         """Adds rows to samples.jsonl. A row has "step", and what people look at: see mlrl.runs.sample_rows."""
         for row in rows:
             self._samples(row)
+
+    def settle(self) -> None:
+        """Closes every file and opens it again: a mounted bucket stores a file when it is closed, and not before."""
+        for settle in self._settlers:
+            settle()
 
     def close(self) -> None:
         """Closes every file."""
@@ -78,7 +84,7 @@ def open_writers(folder: str | os.PathLike, *, wandb: bool = False, resume_step:
         run = _wandb_run(folder)
         sinks.append(lambda step, values: run.log(dict(values), step=step))
         closers.append(run.finish)
-    return Writers(sinks, samples.write, closers)
+    return Writers(sinks, samples.write, closers, [metrics.settle, samples.settle, events.settle])
 
 
 class _JsonLines:
@@ -91,14 +97,25 @@ class _JsonLines:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        try:
+        with _refused(self._path):
             self._file.write(json.dumps(_plain(row), allow_nan=False) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise Refused(f"cannot write {self._path} ({error.strerror}): make room and run again") from error
+
+    def settle(self) -> None:
+        with _refused(self._path):
+            self._file.close()
+            self._file = self._path.open("a", encoding="utf-8")
 
     def close(self) -> None:
         self._file.close()
+
+
+@contextlib.contextmanager
+def _refused(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise Refused(f"cannot write {path} ({error.strerror}): make room and run again") from error
 
 
 def _lines_until(path: pathlib.Path, resume_step: int) -> list[str]:
@@ -123,26 +140,29 @@ class _Events:
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._event, self._summary = event_pb2, summary_pb2
+        self._event, self._summary, self._records = event_pb2, summary_pb2, RecordWriter
         folder.mkdir(exist_ok=True)
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         self._path = folder / name
-        self._file = RecordWriter(self._path.open("wb"))
+        self._file = RecordWriter(self._path.open("ab"))
         self._add(file_version="brain.Event:2")
         # Tells TensorBoard to hide what earlier files say of these steps.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._add(step=resume_step + 1 if resume_step else 0, session_log=start)
 
     def _add(self, **fields: Any) -> None:
-        try:
+        with _refused(self._path):
             self._file.write(self._event.Event(wall_time=time.time(), **fields).SerializeToString())
             self._file.flush()
-        except OSError as error:
-            raise Refused(f"cannot write {self._path} ({error.strerror}): make room and run again") from error
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         scalars = [self._summary.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         self._add(step=step, summary=self._summary.Summary(value=scalars))
+
+    def settle(self) -> None:
+        with _refused(self._path):
+            self._file.close()
+            self._file = self._records(self._path.open("ab"))
 
     def close(self) -> None:
         self._file.close()

@@ -220,6 +220,23 @@ def test_damaged_metrics_cost_a_step_its_rank_and_nothing_else(tmp_path, caplog,
     assert checkpoints.latest_step(tmp_path / "c") == 3
 
 
+@pytest.mark.parametrize("damage", ["flip", "remove"])
+def test_damaged_parameters_are_refused(tmp_path, damage):
+    """They are read alone for another run, and for an export."""
+    state = make_state(2).replace(params={"w": jax.random.normal(jax.random.key(0), (128, 128))}, opt_state=())
+    manager = checkpoints.open_manager(tmp_path / "c")
+    checkpoints.save(manager, 1, state)
+    checkpoints.close(manager)
+    wanted = jax.eval_shape(lambda: state.params)
+    np.testing.assert_array_equal(checkpoints.restore_params(tmp_path / "c", wanted)["w"], state.params["w"])
+    victim = largest_file(tmp_path / "c" / "1" / "state")
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 4
+    victim.write_bytes(content) if damage == "flip" else victim.unlink()
+    with pytest.raises(Refused, match="c/1 is damaged .*: `mlrl train` on its run sets it aside"):
+        checkpoints.restore_params(tmp_path / "c", wanted)
+
+
 def test_only_damaged_steps_are_refused(tmp_path):
     checkpoints.close(saved(tmp_path / "c", [4]))
     largest_file(tmp_path / "c" / "4" / "leaves").write_text("{")
@@ -338,7 +355,7 @@ train.loop = \\
 
 
 def test_a_bucket_is_no_folder():
-    with pytest.raises(Refused, match="gs://b/run is no folder of this machine: mount the bucket"):
+    with pytest.raises(Refused, match="gs://b/run is no path of this machine: mount the bucket"):
         checkpoints.claim_run_folder("gs://b/run", CONFIG)
 
 
@@ -369,6 +386,21 @@ def test_named_bindings_may_differ(tmp_path):
         checkpoints.claim_run_folder(tmp_path / "a", longer, may_differ=("steps",))
     assert checkpoints.claim_run_folder(tmp_path / "a", longer, may_differ=("num_steps",))
     assert (tmp_path / "a" / "config.gin").read_text() == longer
+
+
+def test_what_lays_a_run_out_over_devices_may_differ(tmp_path):
+    lines = ("TENSOR = 2", "online.Experiment.mesh = @meshes.mesh", "online.Experiment.rollout_mesh = @meshes.same",
+             "online.Experiment.micro_batch_rows = 8", "meshes.mesh.fsdp = 4", "meshes.mesh.tensor = %TENSOR",
+             "online.Experiment.prompts_per_step = 32")  # fmt: skip
+    other = ("TENSOR = 8", "online.Experiment.mesh = @my.mesh", "online.Experiment.rollout_mesh = @meshes.rearranged",
+             "online.Experiment.micro_batch_rows = 64", "meshes.rearranged.tensor = 2", "meshes.mesh.fsdp = 0",
+             "meshes.mesh.tensor = %TENSOR", "online.Experiment.prompts_per_step = 32")  # fmt: skip
+    checkpoints.claim_run_folder(tmp_path, CONFIG + "\n".join(lines))
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    assert checkpoints.claim_run_folder(tmp_path, CONFIG + "\n".join(other), may_differ=folders.LAYOUT)
+    with pytest.raises(Refused, match="-online.Experiment.prompts_per_step = 32; .online.Experiment.prompts_per_step"):
+        checkpoints.claim_run_folder(tmp_path, CONFIG + "\n".join(other).replace("= 32", "= 64"),
+                                     may_differ=folders.LAYOUT)  # fmt: skip
 
 
 def test_foreign_folders_are_refused(tmp_path):

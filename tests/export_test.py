@@ -1,8 +1,11 @@
 """mlrl export: a run that began with pretrained weights ends as a folder that can be imported again."""
 
+import contextlib
 import functools
 import json
 import pathlib
+import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -135,6 +138,32 @@ def test_adapters_over_int8_are_merged_and_the_folder_says_what_the_policy_says(
     np.testing.assert_allclose(logits(plain, again), logits(model, trained), atol=2e-5)
     assert jnp.abs(logits(plain, again) - off).max() > 0.01
     np.testing.assert_allclose(off, logits(Transformer(CONFIG), first), atol=0.05)
+
+
+def test_an_export_needs_none_of_the_run_s_devices(run, capsys, tmp_path):
+    folder, _ = run
+    shutil.copytree(folder / "run", tmp_path / "run")
+    config = (tmp_path / "run" / "config.gin").read_text()
+    assert "mesh.devices = 1" in config
+    on_many = re.sub(r"(\S*)mesh.devices = 1", r"\1mesh.fsdp = 64\nmeshes.rearranged.tensor = 8", config)
+    on_many += "\nonline.Experiment.rollout_mesh = @meshes.rearranged\n"
+    (tmp_path / "run" / "config.gin").write_text(on_many)
+    for name in (folder, tmp_path):
+        assert exported(capsys, name / "run", tmp_path / f"of_{name.name}")[0] == 0
+    one, other = (tmp_path / f"of_{name.name}" / "model.safetensors" for name in (folder, tmp_path))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_bucket_s_address_is_no_path_here(run, capsys, tmp_path):
+    folder, _ = run
+    with contextlib.chdir(tmp_path):
+        for arguments in ((folder / "run", "gs://bucket/out"), ("gs://bucket/run", "out")):
+            status, said = exported(capsys, *arguments)
+            assert status == 2 and "is no path of this machine: mount the bucket" in said and said.count("\n") == 1
+        for command in (["eval", "gs://bucket/run"], ["report", "gs://bucket/run"],
+                        ["report", str(folder / "run"), "--out", "gs://bucket/page.html"]):  # fmt: skip
+            assert main.main(command) == 2 and "is no path of this machine" in capsys.readouterr().err
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_an_export_that_cannot_be_is_one_line(run, capsys, tmp_path):

@@ -33,7 +33,8 @@ LOADED_QUICKLY = {"experiments/quickstart/grpo.gin", "experiments/quickstart/ran
 RUN_QUICKLY = {"experiments/quickstart/grpo.gin", "experiments/preferences/dpo.gin", "experiments/spiral/kuhn.gin",
                "experiments/ssr_zero/ssr_zero.gin",                "ppo", "kto"}  # fmt: skip
 
-WITH_VALUES = {"ppo", "ma_ppo", "ppo_shared", "reward_model", "process_reward_model"}
+WITH_VALUES = {"ppo", "ma_ppo", "ppo_shared", "rlhf", "reward_model", "process_reward_model"}
+WITH_A_CRITIC = {"ppo", "ma_ppo", "rlhf"}
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
@@ -157,9 +158,11 @@ def overrides_for(path, folder):
     text = with_includes(path)
     given = re.findall(r"^(\w+) = (?!%gin.REQUIRED)", text, re.M)  # by the experiment itself
     asked = [name for name in re.findall(r"^(\w+) = %gin.REQUIRED", text, re.M) if name not in given]
-    runs_asked = {name: folder / name / "seed_0" for name in ("BASE", "STAGE_ONE") if name in asked}
-    for run in runs_asked.values():
-        write_run(run, main.load("experiments/score/base.gin")[0])
+    made_by = {"BASE": "experiments/score/base.gin", "STAGE_ONE": "experiments/score/base.gin",
+               "REWARD_RUN": "experiments/ma_rlhf/reward_model.gin"}  # fmt: skip
+    runs_asked = {name: folder / name / "seed_0" for name in made_by if name in asked}
+    for name, run in runs_asked.items():
+        write_run(run, main.load(made_by[name])[0])
     where = {"DATA": DATA / pathlib.Path(path).parent.name, "VOCAB": DATA / "tokenizers" / "gpt2", "WEIGHTS": folder}
     where |= runs_asked
     if "WEIGHTS" in asked:
@@ -180,9 +183,10 @@ def write_run(folder, experiment):
 
 
 def prepared(path, overrides=None, **changes):
-    """(experiment, loop): loaded, checked, traced, and every binding used. On one device."""
-    experiment, _ = main.load(str(path), overrides)
-    experiment = dataclasses.replace(experiment, mesh=functools.partial(meshes.mesh, devices=1), **changes)
+    """(experiment, loop): loaded, checked, traced, and every binding used. On one device, unless it names a mesh."""
+    experiment, config = main.load(str(path), overrides)
+    alone = {} if re.search(r"\bmesh\.\w+ =", config) else {"mesh": functools.partial(meshes.mesh, devices=1)}
+    experiment = dataclasses.replace(experiment, **alone, **changes)
     loop, _ = main._prepared(experiment)
     return experiment, loop
 
@@ -216,6 +220,8 @@ def test_an_experiment_runs_a_tiny_step(path, tmp_path):
         experiment, model=dataclasses.replace(experiment.model, **SMALL), start=random_parameters, evaluations=(),
         micro_batch_rows=0, **TINY[loop.__name__.rpartition(".")[-1]],
     )  # fmt: skip
+    if experiment.mesh().size > 1:  # over which prompts are split
+        tiny = dataclasses.replace(tiny, prompts_per_step=experiment.mesh().size)
     assert one_step(tiny, loop, tmp_path / "run")["tokens"] > 0
 
 
@@ -229,14 +235,20 @@ def compose(method, folder):
     path = folder / f"{method}.gin"
     teacher = TEACHER if "TEACHER = %gin.REQUIRED" in text else ""
     external = "EXTERNAL = @graph.random()\n" if "EXTERNAL = %gin.REQUIRED" in text else ""
-    path.write_text(body.format(method=method) + SHAPE + teacher + external)
+    judge = ""
+    if "REWARD_RUN = %gin.REQUIRED" in text:
+        write_run(folder / "judge", main.load(str(compose("reward_model", folder)))[0])
+        judge = f"REWARD_RUN = '{folder / 'judge'}'\n"
+        body = body.replace("online.Experiment.reward_fn = @graph.random()\n", "").replace(
+            "from mlrl.rewards import graph\n", "")  # fmt: skip
+    path.write_text(body.format(method=method) + SHAPE + teacher + external + judge)
     return path
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_is_wholly_used(method, tmp_path):
     experiment, _ = prepared(compose(method, tmp_path))
-    values = dict(value_head=method in WITH_VALUES, critic_layers=2 if method in ("ppo", "ma_ppo") else 0)
+    values = dict(value_head=method in WITH_VALUES, critic_layers=2 if method in WITH_A_CRITIC else 0)
     assert experiment.model == Config(**SMALL, **values)
 
 
@@ -267,6 +279,14 @@ def test_the_files_of_meshes_are_those_that_are_tested():
     assert {path.stem for path in REPO.glob("gin/meshes/*.gin")} == {*MESHES, "rollout_tensor", "apart"}
 
 
+def test_a_mesh_takes_no_knob_of_another_file():
+    """A macro of the same name would be one for both: the folder of a task's data, say, and a number of copies."""
+    macros = {path: set(re.findall(r"^([A-Z_]+) =", path.read_text(), re.M)) for path in REPO.glob("gin/**/*.gin")}
+    of_meshes = set.union(*(names for path, names in macros.items() if path.parent.name == "meshes"))
+    of_others = set.union(*(names for path, names in macros.items() if path.parent.name != "meshes"))
+    assert "TENSOR" in of_meshes and of_meshes & of_others == set()
+
+
 @pytest.mark.parametrize("name", MESHES)
 def test_a_mesh_is_chosen_by_an_include(name, tmp_path):
     path = compose("sft", tmp_path)
@@ -282,7 +302,8 @@ def test_rollouts_may_be_on_another_mesh_than_the_update(tmp_path):
     path.write_text(path.read_text() + "include 'gin/meshes/fsdp.gin'\ninclude 'gin/meshes/rollout_tensor.gin'\n")
     experiment, _ = main.load(str(path))
     _, parts = main._prepared(experiment)
-    assert "8 device(s): fsdp 8, and for rollouts 8 device(s): data 4 x tensor 2" in online.describe(parts)
+    words = "before any of it is split over 8 device(s): fsdp 8, and for rollouts 8 device(s): data 4 x tensor 2"
+    assert words in online.describe(parts)
 
 
 def test_rollouts_may_have_devices_of_their_own(tmp_path):

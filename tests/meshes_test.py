@@ -77,6 +77,7 @@ def test_devices_of_several_slices_lie_along_data():
     (dict(data=3), "mesh: data 3 does not multiply to 8 devices"),
     (dict(data=2, tensor=2), "mesh: data 2 x tensor 2 does not multiply to 8 devices"),
     (dict(tensor=3), "tensor 3 does not multiply to 8"),
+    (dict(tensor=16), "xla_force_host_platform_device_count=N makes N devices of a CPU"),
     (dict(fsdp=0), "mesh.data and mesh.fsdp are both 0"),
     (dict(tensor=-1), "mesh.tensor must be a whole number of at least 0"),
     (dict(devices=9), "mesh.devices is 9, but only 8 devices"),

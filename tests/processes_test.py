@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import pathlib
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -80,8 +82,8 @@ def alone(folder):
     return found
 
 
-def started(folder, name, count):
-    """`count` processes of a run, with 4 / count devices each."""
+def started(folder, name, count, words=("train", "my.gin", "--run_dir"), own=False):
+    """`count` processes of a run, with 4 / count devices each; if `own`, each in a folder of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -89,9 +91,14 @@ def started(folder, name, count):
         flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag)  # fmt: skip
     given = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "XLA_FLAGS": flags,
              "PYTHONPATH": os.pathsep.join([str(REPO), str(folder)])}  # fmt: skip
-    command = [sys.executable, "-m", "mlrl", "train", "my.gin", "--run_dir", name]
-    return [subprocess.Popen(command, cwd=folder, env=os.environ | given | {"JAX_PROCESS_ID": str(index)}, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for index in range(count)]  # fmt: skip
+    command = [sys.executable, "-m", "mlrl", *words, name]
+    where = [folder / f"disk_{index}" if own else folder for index in range(count)]
+    for place in where if own else ():
+        (place / "asked").mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / "my.gin", place)
+    return [subprocess.Popen(command, cwd=place, env=os.environ | given | {"JAX_PROCESS_ID": str(index)}, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            for index, place in enumerate(where)]  # fmt: skip
 
 
 def ended(many, seconds=200):
@@ -145,6 +152,40 @@ def test_two_processes_are_one_and_end_together_when_one_is_told_to(folder, alon
     assert 2 <= step < 8
     assert main.main(["train", "my.gin", "--run_dir", "two"]) == 0  # in one process
     same("two", alone)
+
+
+def test_processes_with_disks_of_their_own_are_refused(folder):
+    statuses, said = ended(started(folder, "own", 2, own=True))
+    assert statuses == [2, 2], said
+    for words in said:
+        (line,) = [line for line in words.splitlines() if line.startswith("mlrl: ")]
+        assert "own is not one folder for all processes: process 1 on" in line and "Traceback" not in words
+    assert not list(folder.glob("disk_*/own/checkpoints")) and not list(folder.glob("disk_*/own/.seen*"))
+
+
+def test_what_is_missing_on_one_host_is_said_by_all(folder):
+    (folder / "disk_0").mkdir(exist_ok=True)
+    (folder / "disk_0" / "their.gin").write_text(GIN)
+    statuses, said = ended(started(folder, "missing", 2, words=["train", "their.gin", "--run_dir"], own=True))
+    assert statuses == [2, 2], said
+    for words in said:
+        (line,) = [line for line in words.splitlines() if line.startswith("mlrl: ")]
+        assert re.fullmatch("mlrl: process 1 on .*: there is no file their.gin: .*", line) and "Traceback" not in words
+
+
+def test_two_processes_evaluate_as_one_and_another_mesh_goes_on(folder, alone):
+    shutil.copytree("alone", "again")
+    results = pathlib.Path("again", "results.json")
+    before = json.loads(results.read_text())
+    results.unlink()
+    statuses, said = ended(started(folder, "again", 2, words=["eval"]))
+    assert statuses == [0, 0], said
+    assert "written to" in said[0] and "written to" not in said[1]
+    assert json.loads(results.read_text())["evaluations"] == [e for e in before["evaluations"] if e["step"] == 8]
+    other = ("--gin.STEPS=9", "--gin.meshes.mesh.data=4", "--gin.meshes.mesh.fsdp=1",
+             "--gin.online.Experiment.micro_batch_rows=8")  # fmt: skip
+    assert main.main(["train", "my.gin", "--run_dir", "again", *other]) == 0
+    assert lines("again")[-1]["step"] == 9
 
 
 @pytest.mark.slow

@@ -106,6 +106,29 @@ def test_tensorboard_reads_the_events_and_hides_undone_steps(tmp_path):
     assert math.isnan(events.Scalars("loss")[0].value)
 
 
+def test_what_was_logged_is_kept_where_files_are_stored_only_as_they_are_closed(tmp_path, monkeypatch):
+    """As in a bucket that is mounted: what is in `stored` is what a machine that vanishes leaves behind."""
+    stored, opened = {}, pathlib.Path.open
+
+    def opening(path, mode="r", **more):
+        file = opened(path, mode, **more)
+        if mode in ("a", "ab"):
+            close = file.close
+            monkeypatch.setattr(file, "close", lambda: (close(), stored.update({path.name: path.read_bytes()})))
+        return file
+
+    monkeypatch.setattr(pathlib.Path, "open", opening)
+    log = writers.open_writers(tmp_path)
+    for step in (1, 2):
+        log.write(step, {"reward": 0.25})
+        log.write_samples([{"step": step}])
+        log.settle()
+        texts = {name.partition(".tfevents")[0]: content for name, content in stored.items()}
+        assert texts["metrics.jsonl"].count(b"0.25") == texts["samples.jsonl"].count(b"step") == step
+        assert texts["events.out"].count(b"reward") == step
+    log.close()
+
+
 def test_writing_does_not_import_tensorflow(tmp_path):
     code = (
         "import sys; from mlrl import writers\n"

@@ -2,7 +2,7 @@
 
     python -m benchmarks.pods.libtpu python -m pytest tests/pods/tpu_test.py
 
-Where it cannot be installed, it says why in one line, and the command is not run. (`pip install 'mlrl[tpu]'` installs
+Where it cannot be installed, it says why in one line, and the command is not run. (`pip install 'jax[tpu]'` installs
 it for good.)
 """
 

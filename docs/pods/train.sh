@@ -3,8 +3,9 @@
 #
 #   PROJECT=my-project ZONE=us-east5-a BUCKET=my-bucket docs/pods/train.sh NAME SOURCE.tar.gz RUN EXPERIMENT.gin [--gin.X=Y ...]
 #
-# SOURCE.tar.gz holds this repository (git archive --format=tar.gz -o SOURCE.tar.gz HEAD). The bucket is mounted at
-# ~/bucket on every worker, and the run's folder is ~/bucket/RUN. What a worker says is in ~/mlrl.log there.
+# SOURCE.tar.gz holds this repository (git archive --format=tar.gz -o SOURCE.tar.gz HEAD: what is committed). The bucket
+# is mounted at ~/bucket on every worker, and the run's folder is ~/bucket/RUN. The command runs in ~/mlrl, from where
+# the bucket is ../bucket. What a worker says is in ~/mlrl.log there.
 set -euo pipefail
 
 if (($# < 4)); then
@@ -23,11 +24,18 @@ on_every_worker() {
 }
 
 on_every_worker "set -e
+command -v gcsfuse > /dev/null || { echo 'gcsfuse is not installed: docs.cloud.google.com/storage/docs/cloud-storage-fuse/install'; exit 1; }
 mkdir -p mlrl bucket
 tar -xzf mlrl.tar.gz -C mlrl
-test -x venv/bin/python || python3.11 -m venv venv
-venv/bin/pip install -qq './mlrl[tpu]'
-mountpoint -q bucket || gcsfuse --implicit-dirs $(printf %q "${bucket}") bucket"
+# The images of TPU VMs have an older Python than 3.11.
+test -x venv/bin/python || python3.11 -m venv venv 2> /dev/null || {
+  rm -rf venv
+  python3 -m pip install -qq --user uv
+  python3 -m uv venv --seed --python 3.11 venv
+}
+venv/bin/python -m pip install -qq -c mlrl/requirements.lock './mlrl[tpu]'
+# A checkpoint is complete when its folder gets its name, which a mounted bucket refuses unless it is told otherwise.
+mountpoint -q bucket || gcsfuse --implicit-dirs --rename-dir-limit=200000 $(printf %q "${bucket}") bucket"
 
 # The same command everywhere: each worker finds the others by itself, and feeds its own devices.
 train="$(printf '%q ' ../venv/bin/mlrl train "${experiment}" --run_dir "../bucket/${run}" "$@")"

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 
 from mlrl import meshes
 from mlrl import prompts as prompts_lib
+from mlrl.axes import divided
 from mlrl.evaluation import completions
 from mlrl.loops import checks
 from mlrl.models.transformer import Config, cache_bytes
-from mlrl.types import Models, Refused, RewardFn, Task, TrainState
+from mlrl.types import Refused, RewardFn, Task, TrainState, refusing_models
 
 
 def size(tree: Any) -> int:
@@ -83,8 +84,8 @@ def the_memory(config: Config, state: TrainState, *, rows: int, columns: int, sc
     named = "parameters, the critic's among them" if config.critic_layers else "parameters"
     parts = {
         named: size(state.params), "frozen parameters": size(state.frozen), "optimizer": size(state.opt_state),
-        "gradients": size(state.params), "reference": size(state.reference), "KV cache": cache,
-        "logits of an update (fp32)": logits,
+        "gradients": size(state.params), "reference": size(state.reference), "reward models": size(state.reward_models),
+        "KV cache": cache, "logits of an update (fp32)": logits,
     }  # fmt: skip
     return ", ".join(f"{name} {mebibytes(count)}" for name, count in parts.items() if count)
 
@@ -92,18 +93,28 @@ def the_memory(config: Config, state: TrainState, *, rows: int, columns: int, sc
 def the_meshes(experiment: Any) -> str:
     """How many devices, and how they are arranged."""
     mesh, rollout_mesh = checks.meshes_of(experiment)
-    return meshes.words(mesh) + ("" if rollout_mesh == mesh else f", and for rollouts {meshes.words(rollout_mesh)}")
+    whole = "before any of it is split over " if mesh.size > 1 else ""
+    other = "" if rollout_mesh == mesh else f", and for rollouts {meshes.words(rollout_mesh)}"
+    return whole + meshes.words(mesh) + other
 
 
 def the_evaluations(experiment: Any) -> str:
     """What is measured, and when."""
     if not experiment.evaluations:
         return "none: set Experiment.evaluations to measure held-out prompts"
+    mesh = checks.meshes_of(experiment)[0]
+    shards = meshes.row_shards(mesh)
+
+    def split(prompts: int) -> str:
+        parts = math.prod(mesh.shape[axis] for axis in divided("rows", prompts, mesh))
+        return "" if parts == shards else (f"; {prompts} do not divide over the {shards} devices that rows are split "
+                                           f"over, and are cut into {parts}")  # fmt: skip
+
     return "; ".join(
         f"{e.task.name}: {e.prompts} prompts, {e.words()}"
-        + (f", every {e.every_steps} steps" if e.every_steps else ", before and after")
+        + (f", every {e.every_steps} steps" if e.every_steps else ", before and after") + split(e.prompts)
         for e in experiment.evaluations
-    )  # fmt: skip
+    )
 
 
 def tried(reward: RewardFn, task: Task, *, rows: int = 3) -> list[str]:
@@ -112,11 +123,9 @@ def tried(reward: RewardFn, task: Task, *, rows: int = 3) -> list[str]:
     prompts = prompts_lib.draw(task, jax.random.key(0), 0, rows, weights)
     rollout = prompts_lib.played(prompts_lib.demonstrations(task, jax.random.key(0), 0, rows, weights))
 
-    def unbound(*_, **__):
-        raise Refused("models are bound in the loop")
-
     try:
-        rewards, _ = reward.update(reward.init(), rollout, prompts, task, Models(*[unbound] * 4))
+        unbound = refusing_models("models are bound in the loop")
+        rewards, _ = reward.update(reward.init(), rollout, prompts, task, unbound)
     except Refused as refusal:
         if "models are bound" in str(refusal):
             return ["it asks models, so it can be tried only in a run"]

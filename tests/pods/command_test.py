@@ -39,12 +39,22 @@ def said(tmp_path, monkeypatch, capsys):
 
 def test_mistakes_end_in_one_line(said, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'mlrl[tpu]'" in said("v5p:2x2x1")
-    assert "'v5p-8' is no topology" in said("v5p-8")
+    assert "pip install 'jax[tpu]'" in said("v5p:2x2x1")
+    assert "'v5p' is no topology" in said("v5p")
     assert "'v5p:4' is no topology" in said("v5p:4")
     assert "no TPU 'v9'" in said("v9:4x4")
     assert "compile.slices must be a whole number of at least 1" in said("v5p:4x4x4", "--slices", "0")
     assert "there is no file yours.gin" in said("v5p:4x4x4", experiment="yours.gin")
+
+
+@pytest.mark.parametrize("name, chips, words", [
+    ("v5p-64", 32, "v5p's names count cores, two a chip: write v5p:2x4x4,"), ("v4-8", 4, "write v4:2x2x1,"),
+    ("v5litepod-256", 256, "has 256 chips: write v5e:16x16,"), ("v6e-16", 16, "has 16 chips: write v6e:4x4,"),
+    ("v5p-96", 48, "write how they lie, as"),
+])  # fmt: skip
+def test_the_name_that_a_cloud_gives_a_slice_is_told_its_topology(said, name, chips, words):
+    line = said(name)
+    assert f"{name} has {chips} chips" in line and words in line
 
 
 @pytest.fixture

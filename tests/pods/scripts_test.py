@@ -69,7 +69,7 @@ def test_the_same_command_starts_on_every_worker(call):
     assert done.returncode == 0, done.stderr
     assert copy.startswith("compute tpus tpu-vm scp mlrl.tar.gz mine:mlrl.tar.gz")
     assert all("--worker=all" in line for line in (copy, install, start))
-    assert "gcsfuse" in install and "mlrl" in install
+    assert "gcsfuse" in install and "mlrl" in install and "--rename-dir-limit" in install
     inner = subprocess.run(["bash", "-c", f"printf '%s\\n' {start}"], capture_output=True, text=True).stdout
     command = re.search(r"nohup (.*) > ../mlrl.log", inner)[1]
     words = subprocess.run(["bash", "-c", f"printf '%s\\n' {command}"], capture_output=True, text=True).stdout
@@ -93,5 +93,6 @@ def test_the_manifest_starts_a_process_on_every_host():
     assert spec["parallelism"] == spec["completions"] == chips // container["resources"]["limits"]["google.com/tpu"]
     assert container["command"][:2] == ["mlrl", "train"]
     (volume,) = pod["volumes"]
+    assert "rename-dir-limit" in volume["csi"]["volumeAttributes"]["mountOptions"]
     assert container["volumeMounts"] == [{"name": volume["name"], "mountPath": "/bucket"}]
     assert container["command"][-1].startswith("/bucket/")
