@@ -1,4 +1,4 @@
-"""Evaluation of a policy that plays games: matches against players who do not learn, and Kuhn poker exactly."""
+"""Evaluation of a policy that plays games: matches against players who do not learn, and what can be read exactly."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mlrl import processes, prompts
-from mlrl.environments.games import kuhn_exact, reading
+from mlrl.environments.games import kuhn_exact, negotiation, reading
 from mlrl.environments.games.words import ZERO_SUM
 from mlrl.evaluation import Measured, Results, due, interval
 from mlrl.sampling import Sampling
@@ -136,15 +136,56 @@ class KuhnTable:
             return found | {"illegal": jnp.mean(1.0 - jnp.sum(table, axis=1))}
 
         return lambda params, reference: {
-            self.task.name: {name: _exact(float(x)) for name, x in processes.on_host(measured(params)).items()}
+            self.task.name: {name: _exact(float(x), 12) for name, x in processes.on_host(measured(params)).items()}
         }
 
 
-def _exact(x: float) -> dict[str, float]:
-    return {"value": x, "low": x, "high": x, "prompts": 12}
+@dataclasses.dataclass(frozen=True)
+class Openings:
+    """Simple Negotiation's first moves, exactly: the policy's probabilities are read, and no game is played.
+
+    task             negotiation.prompts; its name is that of the results
+    every_steps      measured before, after, and every so many steps; 0: before and after only
+    start, values    of the game
+    max_move_tokens  A of the rollout
+    temperature      of the rollout's Sampling
+    """
+
+    task: Task
+    every_steps: int = 0
+    prompts: int = 1
+    start: tuple[int, int] = negotiation.START
+    values: tuple[tuple[int, int], tuple[int, int]] = negotiation.VALUES
+    max_move_tokens: int = 8
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        _check(self)
+
+    def due(self, step: int, last_step: int) -> bool:
+        """Whether this is measured after `step` steps of a run that ends at `last_step`."""
+        return due(self.every_steps, step, last_step)
+
+    def words(self) -> str:
+        """What is measured."""
+        return "first moves, exactly"
+
+    def measure(self, models: Measured) -> Callable[[Params, Params], Results]:
+        """(params, reference's) -> what reading.negotiation_openings returns."""
+        text = self.task.example(0, 0)["prompt"]
+        read = jax.jit(lambda params: reading.negotiation_openings(
+            models.model, params, vocabulary=self.task.vocabulary, text=text, values=self.values, start=self.start,
+            max_move_tokens=self.max_move_tokens, temperature=self.temperature))  # fmt: skip
+        return lambda params, reference: {
+            self.task.name: {name: _exact(float(x), 1) for name, x in processes.on_host(read(params)).items()}
+        }
 
 
-def _check(evaluation: Match | KuhnTable) -> None:
+def _exact(x: float, prompts: int) -> dict[str, float]:
+    return {"value": x, "low": x, "high": x, "prompts": prompts}
+
+
+def _check(evaluation: Match | KuhnTable | Openings) -> None:
     name = type(evaluation).__name__
     require_whole(name, "prompts", evaluation.prompts, 1)
     require_whole(name, "every_steps", evaluation.every_steps, 0)

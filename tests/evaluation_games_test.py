@@ -1,5 +1,6 @@
 """Matches and exact measures: by hand, and of a model without a preference."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,9 +8,9 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from mlrl.environments.games import kuhn_exact, kuhn_poker
+from mlrl.environments.games import kuhn_exact, kuhn_poker, negotiation, reading, words
 from mlrl.evaluation import Measured
-from mlrl.evaluation_games import KuhnTable, Match, match_statistics
+from mlrl.evaluation_games import KuhnTable, Match, Openings, match_statistics
 from mlrl.models.transformer import Config, Transformer, initialize
 from mlrl.rollouts.self_play import self_play
 from mlrl.rollouts.single_turn import single_turn
@@ -23,9 +24,9 @@ EVEN = jax.tree.map(jnp.zeros_like, initialize(MODEL, jax.random.key(0)))
 TASK = kuhn_poker.prompts(VOCABULARY, text=":", name="kuhn")
 
 
-def value(evaluation):
-    found = evaluation.measure(Measured(MODEL, single_turn, MODEL))(EVEN, ())
-    return {name: result["value"] for name, result in found["kuhn"].items()}
+def value(evaluation, model=MODEL, params=EVEN):
+    found = evaluation.measure(Measured(model, single_turn, model))(params, ())
+    return {name: result["value"] for name, result in found[evaluation.task.name].items()}
 
 
 def test_statistics_of_a_match_by_hand():
@@ -54,6 +55,42 @@ def test_a_table_of_a_model_without_a_preference():
     second = -2 * broke + 0.5 * chance * 0.5 - 0.5 * chance
     assert found["payoff_random"] == pytest.approx((first + second) / 2, abs=1e-5)
     assert found["payoff_equilibrium"] < 0
+
+
+def test_openings_of_a_model_without_a_preference():
+    """Of start (2, 2), 1W>2G puts who offers it ahead, 2W>1G behind, and so for gold: 8 openings of 6 tokens."""
+    model = Transformer(dataclasses.replace(MODEL.config, vocabulary_size=words.VOCABULARY.size))
+    even = jax.tree.map(jnp.zeros_like, initialize(model, jax.random.key(0)))
+    chance = 1 / words.VOCABULARY.size
+    found = value(Openings(negotiation.prompts(), start=(2, 2), temperature=0.5), model, even)
+    legal = chance**2 + 2 * 2 * 4 * chance**6  # D, and 1 or 2 of one good for up to 4 of the other
+    assert found["opens_illegal"] == pytest.approx(1 - legal, abs=1e-6)
+    for name in ("opens_ahead", "opens_behind"):
+        assert found[name] == pytest.approx(2 * chance**6, rel=1e-3)
+    for name in ("accepts_ahead", "accepts_behind"):
+        assert found[name] == pytest.approx(chance**2, rel=1e-3)
+    full = value(Openings(negotiation.prompts(), start=(2, 2), max_move_tokens=5), model, even)
+    assert full["opens_ahead"] == pytest.approx(2 * chance**5, rel=1e-3)  # no room for an end
+
+
+def test_openings_tell_what_is_good_from_what_is_not():
+    """An untrained model, whose probabilities of all moves at all first moves are summed here."""
+    model = Transformer(dataclasses.replace(MODEL.config, vocabulary_size=words.VOCABULARY.size))
+    stirred = lambda x: x + 0.3 * jnp.sin(1.7 * jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)  # noqa: E731
+    params = jax.tree.map(stirred, initialize(model, jax.random.key(0)))  # so that all that was read matters
+    known, give, ask = negotiation.offers(words.VOCABULARY, (2, 2))
+    prompts, openings = negotiation.first_moves(start=(2, 2))
+    everything = reading.policy_at_information_sets(
+        model, params, prompts, known, jnp.ones((len(prompts.tokens), len(known.texts)), bool),
+        vocabulary=words.VOCABULARY, max_move_tokens=8).moves  # fmt: skip
+    found = value(Openings(negotiation.prompts(), start=(2, 2)), model, params)
+    gain = {i: ask[i].sum() - give[i].sum() for i in openings}
+    for name, sign in (("ahead", 1), ("behind", -1)):
+        opens = sum(float(everything[0, i]) for i in openings if sign * gain[i] > 0)
+        accepts = [float(everything[1 + row, 0]) for row, i in enumerate(openings) if sign * gain[i] < 0]
+        assert found[f"opens_{name}"] == pytest.approx(opens, rel=1e-3)
+        assert found[f"accepts_{name}"] == pytest.approx(sum(accepts) / len(accepts), rel=1e-3)
+    assert found["accepts_ahead"] != pytest.approx(found["accepts_behind"], rel=1e-2)
 
 
 def test_a_match_of_a_model_without_a_preference():

@@ -1,4 +1,4 @@
-"""The arms of the SPIRAL study on two games, over several seeds, at one budget of rows: tables and a plot.
+"""The arms of the SPIRAL study on three games, over several seeds, at one budget of rows: tables and a plot.
 
     python -m experiments.spiral.compare FOLDER [--seeds 5] [--games kuhn] [--arms role shared] [--gin.STEPS=100 ...]
 
@@ -41,11 +41,26 @@ COLUMNS = {
         "payoff as X": ("eval/against_minimax/payoff_0", "last"),
         "payoff as O": ("eval/against_minimax/payoff_1", "last"),
     },
+    "negotiation": {
+        "won against random": ("eval/against_random/won", "last"),
+        "lost against random": ("eval/against_random/lost", "last"),
+        "payoff as first": ("eval/against_random/payoff_0", "last"),
+        "payoff as second": ("eval/against_random/payoff_1", "last"),
+        "lost to careful": ("eval/against_careful/lost", "last"),
+        "broke the rules": ("eval/against_careful/invalid", "last"),
+        "accepts what puts it behind": ("eval/negotiation/accepts_behind", "last"),
+        "accepts what puts it ahead": ("eval/negotiation/accepts_ahead", "last"),
+        "opens so as to be behind": ("eval/negotiation/opens_behind", "last"),
+        "won in training": ("reward/from_environment/won", "late"),
+    },
 }
 BOTH = {"invalid rows in training": ("reward/from_environment/invalid", "late"), "gradient norm": ("grad_norm", "late")}
 PANELS = (("kuhn", "eval/kuhn_poker/exploitability", "Kuhn poker: exploitability, chips"),
           ("tic_tac_toe", "eval/against_minimax/drawn", "Tic-Tac-Toe: drawn against minimax"),
-          ("tic_tac_toe", "eval/against_random/won", "Tic-Tac-Toe: won against random"))  # fmt: skip
+          ("tic_tac_toe", "eval/against_random/won", "Tic-Tac-Toe: won against random"),
+          ("negotiation", "eval/against_random/won", "Negotiation: won against random"),
+          ("negotiation", "eval/against_careful/lost", "Negotiation: lost to the careful player"),
+          ("negotiation", "eval/negotiation/accepts_behind", "Negotiation: accepts what puts it behind"))  # fmt: skip
 
 
 def compare() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from mlrl.environments.games import words as w
 from mlrl.environments.nouns import Game, OpponentFn
 from mlrl.tasks.episodes import one_prompt
-from mlrl.types import Array, Refused, Task, Vocabulary, require_whole
+from mlrl.types import Array, Prompts, Refused, Task, Vocabulary, require_whole
 
 GOODS = "WG"
 ACCEPT, DENY = 0, 1  # places in `offers`; the rest are offers
@@ -122,6 +122,17 @@ def legal(state: Any, give: np.ndarray, ask: np.ndarray) -> Array:
     return fine.at[ACCEPT].set(accepts)
 
 
+def lead(give: np.ndarray, ask: np.ndarray, values: tuple[tuple[int, int], tuple[int, int]] = VALUES) -> np.ndarray:
+    """How much further ahead of the other a trade puts who offered it, [W] in the order of `offers`.
+
+        change of gains[me] - gains[other] = sum over goods of (values[0] + values[1]) * (ask - give)
+
+    No trade puts both ahead, so by `larger_gain` nobody has a reason to accept what the other does well to offer. By
+    VALUES both goods count alike: who gives fewer pieces than it gets is ahead.
+    """
+    return (ask - give) @ np.sum(values, axis=0)
+
+
 def at_random(vocabulary: Vocabulary = w.VOCABULARY, *, start: tuple[int, int] = START,
               max_move_tokens: int = 8) -> OpponentFn:  # fmt: skip
     """An opponent that accepts (where it can), denies or offers, each as likely; of legal offers each is as likely.
@@ -142,9 +153,57 @@ def at_random(vocabulary: Vocabulary = w.VOCABULARY, *, start: tuple[int, int] =
     return move
 
 
+def careful(
+    vocabulary: Vocabulary = w.VOCABULARY, *, values: tuple[tuple[int, int], tuple[int, int]] = VALUES,
+    start: tuple[int, int] = START, max_move_tokens: int = 8,
+) -> OpponentFn:  # fmt: skip
+    """An opponent that is never behind, and so by `larger_gain` never loses: against it the best player draws.
+
+    It accepts what puts it further ahead. If there is no such offer it makes one that would, and that the other can
+    accept, each as likely; if there is none, it denies.
+
+    Args:
+      values, start: those of the game.
+    """
+    known, give, ask = offers(vocabulary, start)
+    tokens, lengths = w.spelled(vocabulary, known, max_move_tokens)
+    ahead = lead(give, ask, values)
+
+    def move(key: Array, state: Any) -> tuple[Array, Array]:
+        allowed = legal(state, give, ask)
+        good = allowed & (ahead > 0) & jnp.all(state["have"][1 - player(state)] >= ask, axis=1)
+        answer = jnp.where(jnp.any(good), w.uniform(key, good), DENY)
+        accepts = allowed[ACCEPT] & (jnp.asarray(ahead)[state["offer"]] < 0)  # behind for who offered it
+        chosen = jnp.where(accepts, ACCEPT, answer)
+        return jnp.asarray(tokens)[chosen], jnp.asarray(lengths)[chosen]
+
+    return move
+
+
 def prompts(vocabulary: Vocabulary = w.VOCABULARY, *, text: str = PROMPT, name: str = "negotiation") -> Task:
     """A Task of one prompt that names the game and the goods; `text` may be another in the vocabulary's words."""
     return one_prompt(prompt=text, vocabulary=vocabulary, name=name)
+
+
+def first_moves(
+    vocabulary: Vocabulary = w.VOCABULARY, *, text: str = PROMPT,
+    values: tuple[tuple[int, int], tuple[int, int]] = VALUES, start: tuple[int, int] = START,
+) -> tuple[Prompts, np.ndarray]:  # fmt: skip
+    """What players have before them at their first move, as rows of a rollout have it, and the openings they answer.
+
+    Row 0 is player 0's. Row 1 + i is player 1's after the i-th of those openings that it can accept.
+
+    Returns: (Prompts with 1 + I rows, the places of the I openings in `offers`).
+    """
+    known, give, ask = offers(vocabulary, start)
+    openings = np.flatnonzero((give.sum(1) > 0) & (np.maximum(give, ask) <= start).all(1))
+    told = ["".join(f"{n:02}{g}" for pair in (own, start) for n, g in zip(pair, GOODS)) for own in values]
+    rows = [list(vocabulary.encode(text)) + w.symbol_ids(vocabulary, said).tolist()
+            for said in (told[0], *(told[1] + known.texts[i] for i in openings))]  # fmt: skip
+    width, number = max(map(len, rows)), np.arange(len(rows), dtype=np.int32)
+    tokens = np.asarray([[vocabulary.pad_id] * (width - len(row)) + row for row in rows], np.int32)
+    valid = np.asarray([[False] * (width - len(row)) + [True] * len(row) for row in rows])
+    return Prompts(*map(jnp.asarray, (tokens, valid, np.zeros_like(number), number)), {}), openings
 
 
 def _observation(vocabulary: Vocabulary, values: Any, known: w.Words) -> tuple[Callable[[Any], Any], int]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mlrl import scoring
-from mlrl.environments.games import kuhn_exact, kuhn_poker
+from mlrl.environments.games import kuhn_exact, kuhn_poker, negotiation
 from mlrl.environments.games import words as w
 from mlrl.models.transformer import Transformer
 from mlrl.types import Array, Params, Prompts, Rollout, Vocabulary
@@ -98,3 +99,32 @@ def kuhn_exploitability(
     table = kuhn_table(model, params, **settings)
     found = kuhn_exact.exploitability(table, broken)
     return found._asdict() | {"illegal": jnp.mean(1.0 - jnp.sum(table, axis=1))}
+
+
+def negotiation_openings(
+    model: Transformer, params: Params, *, vocabulary: Vocabulary = w.VOCABULARY, text: str = negotiation.PROMPT,
+    values: tuple[tuple[int, int], tuple[int, int]] = negotiation.VALUES, start: tuple[int, int] = negotiation.START,
+    max_move_tokens: int = 8, temperature: float = 1.0,
+) -> dict[str, Array]:  # fmt: skip
+    """How a model opens Simple Negotiation as player 0, and what openings it accepts as player 1; exact.
+
+    Args:
+      values, start: those of the game; `text` is that of negotiation.prompts. The rest as `policy_at_information_sets`.
+    Returns: opens_ahead, opens_behind: the probability of an opening that the other can accept, and that would put who
+      made it ahead, or behind; opens_illegal: that of breaking the rules by it. accepts_ahead, accepts_behind: the mean
+      probability of accepting, over all openings that can be accepted and would put who accepts ahead, or behind.
+    """
+    known, give, ask = negotiation.offers(vocabulary, start)
+    prompts, openings = negotiation.first_moves(vocabulary, text=text, values=values, start=start)
+    settings = dict(vocabulary=vocabulary, max_move_tokens=max_move_tokens, temperature=temperature)
+    first, later = jax.tree.map(lambda x: x[:1], prompts), jax.tree.map(lambda x: x[1:], prompts)
+    legal = (give <= np.asarray(start)).all(1) & (np.arange(len(give)) != negotiation.ACCEPT)
+    opens = policy_at_information_sets(model, params, first, known, jnp.asarray(legal[None]), **settings)
+    accepts = policy_at_information_sets(
+        model, params, later, w.words(vocabulary, ["A"]), jnp.ones((len(openings), 1), bool), **settings,
+    ).moves[:, 0]  # fmt: skip
+    ahead = negotiation.lead(give, ask, values)[openings]
+    mean = lambda where: jnp.sum(accepts * where) / max(1, where.sum())  # noqa: E731
+    made = opens.moves[0, openings]
+    return {"opens_ahead": jnp.sum(made * (ahead > 0)), "opens_behind": jnp.sum(made * (ahead < 0)),
+            "opens_illegal": opens.illegal[0], "accepts_ahead": mean(ahead < 0), "accepts_behind": mean(ahead > 0)}

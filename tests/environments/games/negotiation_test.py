@@ -3,6 +3,8 @@
 import pathlib
 import sys
 
+import jax
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
@@ -80,6 +82,64 @@ def test_a_random_opponent_keeps_the_rules():
         assert hand.end(GAME, hand.play(GAME, ["1W>2G", move])[0])[0] is False
     too_much, *_ = hand.play(GAME, ["1W>20G"])
     assert "A!" not in hand.sampled(opponent, too_much)
+
+
+def test_a_trade_puts_one_ahead_and_the_other_behind():
+    known, give, ask = negotiation.offers(words.VOCABULARY)
+    for values in (negotiation.VALUES, ((1, 2), (30, 4))):
+        own = np.stack([(ask - give) @ values[0], (give - ask) @ values[1]])  # what player 0's offers change for both
+        ahead = negotiation.lead(give, ask, values)
+        assert (ahead == own[0] - own[1]).all()
+    assert ahead[known.texts.index("2W>3G")] == -2 * 31 + 3 * 6
+    pieces = negotiation.lead(give, ask)
+    assert (pieces == 20 * (ask.sum(1) - give.sum(1))).all()
+
+
+def test_a_careful_opponent_accepts_and_offers_what_puts_it_ahead():
+    opponent = negotiation.careful()
+    for moves, answers in ((["2W>3G"], None), (["3W>2G"], {"A!"}), (["9W>8G", "D"], None), (["1G>1W"], None)):
+        state, *_ = hand.play(GAME, moves)
+        said = set(hand.sampled(opponent, state, 64))
+        if answers:
+            assert said == answers
+            continue
+        for move in said:
+            gives, gets = map(int, move.translate(str.maketrans("", "", "WG!")).split(">"))
+            assert gives < gets <= 10
+    nothing, *_ = hand.play(negotiation.negotiation(start=(1, 1)), ["D"])  # one piece for one is all there is
+    assert set(hand.sampled(negotiation.careful(start=(1, 1)), nothing)) == {"D!"}
+
+
+@pytest.mark.parametrize("values", [negotiation.VALUES, ((1, 2), (30, 4))])
+def test_a_careful_opponent_is_never_behind(values):
+    game = negotiation.negotiation(values=values, start=(3, 3), turns=6, payoff=lambda gains: gains.astype(float))
+    careful, other = negotiation.careful(values=values, start=(3, 3)), negotiation.at_random(start=(3, 3))
+
+    def played(key, seat):
+        def move(state, key):
+            mine, its = careful(key, state), other(key, state)
+            wrote = jax.tree.map(lambda a, b: jax.numpy.where(game.player(state) == seat, a, b), mine, its)
+            return game.step(state, *wrote), None
+
+        state, _ = jax.lax.scan(move, game.reset(key), jax.random.split(key, 6))
+        return game.outcome(state), game.invalid(state), game.done(state)
+
+    for seat in (0, 1):
+        gains, broke, over = jax.jit(jax.vmap(played, (0, None)))(jax.random.split(jax.random.key(0), 300), seat)
+        assert (broke == -1).all() and over.all()
+        ahead = gains[:, seat] - gains[:, 1 - seat]
+        assert (ahead >= 0).all() and (ahead > 0).mean() > 0.3
+
+
+def test_first_moves_are_what_players_are_told():
+    game, start = negotiation.negotiation(start=(1, 2)), (1, 2)
+    known, give, ask = negotiation.offers(words.VOCABULARY, start)
+    prompts, openings = negotiation.first_moves(text="N:", start=start)
+    texts = [known.texts[i] for i in openings]
+    assert texts == ["1W>1G", "1W>2G", "1G>1W", "2G>1W"]  # all that both can pay
+    read = [words.VOCABULARY.decode(row[own]) for row, own in zip(prompts.tokens, prompts.valid)]
+    assert read == ["N:" + hand.play(game, moves + ["D"])[2][-1] for moves in ([], *([text] for text in texts))]
+    assert prompts.check() is prompts
 
 
 def test_it_keeps_the_promises_of_games():
