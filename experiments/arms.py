@@ -102,7 +102,8 @@ def _first_state(parts: online.Parts, folder: pathlib.Path, seed: int) -> Any:
     kept = states.keeps_reference(parts)
     reference = parts.experiment.reference.params(params, parts.reference_model, jax.random.key(seed)) if kept else ()
     reference = jax.tree.map(jax.numpy.copy, reference)  # the parameters are donated
-    return states.state_from(parts, params, reference).replace(key=jax.random.key(seed))
+    judges = states.reward_model_params(parts, params, jax.random.key(seed))
+    return states.state_from(parts, params, reference, judges).replace(key=jax.random.key(seed))
 
 
 def evaluated(one: Mapping[str, Any], task: str, metric: str) -> dict[int, float]:

@@ -36,7 +36,7 @@ def main() -> None:
                       for seed in range(arguments.seeds)] for name in arms}  # fmt: skip
     text = table(curves, minutes, arguments.metric)
     (arguments.folder / "table.md").write_text(text)
-    plot(curves, arguments.metric, arguments.folder / "plot.png")
+    plot(curves, f"held-out accuracy ({arguments.metric})", arguments.folder / "plot.png")
     print(text)
 
 
@@ -91,8 +91,9 @@ def shown_gain(ours: list[float], others: list[float]) -> str:
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
-def plot(curves: dict[str, list[dict[int, float]]], metric: str, path: pathlib.Path, top: float = 1.0) -> None:
-    """Mean over seeds and its interval against the step, one colour an arm, from 0 to `top`."""
+def plot(curves: dict[str, list[dict[int, float]]], what: str, path: pathlib.Path,
+         limits: tuple[float, float] | None = (0.0, 1.0)) -> None:  # fmt: skip
+    """Mean over seeds and its interval against the step, one colour an arm, within `limits` (None: as needed)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -107,7 +108,7 @@ def plot(curves: dict[str, list[dict[int, float]]], metric: str, path: pathlib.P
             intervals = [t_interval(values) for values in at]
             low, high = [i[1] for i in intervals], [i[2] for i in intervals]
             axes.fill_between(steps, low, high, alpha=0.2, color=line.get_color())
-    axes.set(xlabel="training step", ylabel=f"held-out accuracy ({metric})", ylim=(0, top))
+    axes.set(xlabel="training step", ylabel=what, **({"ylim": limits} if limits else {}))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

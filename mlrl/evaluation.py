@@ -25,6 +25,7 @@ from mlrl.types import (
     Rollout,
     RolloutFn,
     Task,
+    refusing_models,
     require_whole,
 )
 
@@ -224,7 +225,4 @@ def interval(x: np.ndarray) -> dict[str, float]:
 
 
 def _no_models(task: Task) -> Models:
-    def refuse(*_, **__):
-        raise Refused(f"the evaluation of {task.name!r} uses a reward that asks models: name one that does not")
-
-    return Models(refuse, refuse, refuse, refuse)
+    return refusing_models(f"the evaluation of {task.name!r} uses a reward that asks models: name one that does not")

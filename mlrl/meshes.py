@@ -144,8 +144,9 @@ def row_shards(mesh: Any) -> int:
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     """Where every leaf of a training state lives, as NamedShardings in its structure.
 
-    Parameters, the policy's and the reference's, are split by the table; what the optimizer keeps of a parameter (of
-    the same path and shape, as Adam's moments are) as the parameter; anything else is whole on every device.
+    Parameters, the policy's and those of frozen models, are split by the table; what the optimizer keeps of a
+    parameter (of the same path and shape, as Adam's moments are) as the parameter; anything else is whole on every
+    device.
 
     Where a size does not divide over the mesh's axis, the parameter is copied along that axis; one warning for each
     such logical axis says so.
@@ -154,7 +155,8 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
       state: arrays or jax.ShapeDtypeStructs.
     """
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), _specs(state, mesh))
-    for line in set.union(*(not_divided(tree, mesh) for tree in (state.params, state.reference, state.frozen))):
+    held = (state.params, state.reference, state.frozen, *state.reward_models)
+    for line in set.union(*(not_divided(tree, mesh) for tree in held)):
         _log.warning("%s", line)
     return shardings
 
@@ -314,8 +316,8 @@ def split_parameters(params: Params) -> Params:
 
 
 def _specs(state: TrainState, mesh: Any) -> TrainState:
-    held = (state.params, state.reference, state.frozen)
-    params, reference, frozen = (_parameter_specs(tree, mesh) for tree in held)
+    held = (state.params, state.reference, state.frozen, state.reward_models)
+    params, reference, frozen, reward_models = (_parameter_specs(tree, mesh) for tree in held)
     by_path = {names_of(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(params)}
     shapes = {names_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
 
@@ -327,7 +329,8 @@ def _specs(state: TrainState, mesh: Any) -> TrainState:
     specs = jax.tree.map(lambda _: PartitionSpec(), state)
     pending = jax.tree.map(lambda x: spec_of(("rows",), x.shape, mesh), state.pending)
     opt_state = jax.tree_util.tree_map_with_path(kept, state.opt_state)
-    return specs.replace(params=params, reference=reference, frozen=frozen, opt_state=opt_state, pending=pending)
+    return specs.replace(params=params, reference=reference, frozen=frozen, reward_models=reward_models,
+                         opt_state=opt_state, pending=pending)  # fmt: skip
 
 
 def _parameter_specs(params: Params, mesh: Any) -> Params:

@@ -81,6 +81,13 @@ def row_mean(x: Array, mask: Array) -> Array:
     return row_sum(x, mask) / jnp.maximum(_as_float(mask).sum(axis=1), 1.0)
 
 
+def row_last(x: Array, mask: Array) -> Array:
+    """[B,L] -> [B]: each row's x at its last masked column; 0 for a row without one."""
+    columns = jnp.arange(mask.shape[1])
+    last = jnp.max(jnp.where(mask, columns, -1), axis=1, keepdims=True)
+    return jnp.where(columns == last, x, 0.0).sum(axis=1)
+
+
 def _as_float(mask: Array) -> Array:
     return jnp.asarray(mask).astype(jnp.float32)
 

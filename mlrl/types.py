@@ -22,7 +22,7 @@ from lengths that were recorded when a row was made, never from a comparison wit
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -266,6 +266,7 @@ class TrainState:
     frozen       the parameters under adapters, which policy, reference and values share (mlrl.models.lora); () without
     pending      (Prompts, Rollout) of the next step, where rollouts are a step ahead of updates; else ()
     configuration  what a round samples and selects by, where rounds choose it (loops.configurations); else ()
+    reward_models  the parameters of each frozen model that a reward asks, in the experiment's order; () without
     """
 
     step: Array
@@ -280,6 +281,7 @@ class TrainState:
     frozen: Params = ()
     pending: Any = ()
     configuration: Any = ()
+    reward_models: tuple[Params, ...] = ()
 
     def check(self) -> TrainState:
         """Returns itself, or raises Refused naming the field whose shape or dtype is wrong."""
@@ -362,6 +364,7 @@ class Models(NamedTuple):
     score(rollout) -> Scores                           under the current policy
     reference(rollout) -> Scores                       under the frozen reference
     generate_reference(prompts, key) -> Rollout        sampled by the frozen reference
+    reward_models                                      (rollout) -> Scores of each of Experiment.reward_models
 
     Both samplers sample as the experiment does, one completion of a prompt, unless they are told otherwise:
     generate(prompts, key, sampling=..., rollout_fn=..., group_size=...).
@@ -371,6 +374,17 @@ class Models(NamedTuple):
     score: Callable[[Rollout], Scores]
     reference: Callable[[Rollout], Scores]
     generate_reference: Callable[..., Rollout]
+    reward_models: Sequence[Callable[[Rollout], Scores]] = ()
+
+
+def refusing_models(words: str) -> Models:
+    """Models that raise Refused(words) when they are asked, where none are bound."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise Refused(words)
+
+    none = type("Refusing", (Sequence,), {"__getitem__": refuse, "__len__": refuse})()
+    return Models(refuse, refuse, refuse, refuse, none)
 
 
 class RewardFn(NamedTuple):

@@ -25,9 +25,11 @@ import numpy as np
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from mlrl.generation import generate  # noqa: E402
+from mlrl import scoring  # noqa: E402
+from mlrl.generation import as_rollout, generate  # noqa: E402
 from mlrl.models import norms, pretrained, rope  # noqa: E402
 from mlrl.models.transformer import Config, Transformer, causal_mask, row_positions  # noqa: E402
+from mlrl.rewards import learned  # noqa: E402
 from mlrl.sampling import Sampling  # noqa: E402
 from mlrl.types import Params, Prompts  # noqa: E402
 
@@ -140,6 +142,26 @@ def compared(case: pathlib.Path) -> list[str]:
     return wrong
 
 
+def judged(case: pathlib.Path) -> list[str]:
+    """What is wrong with the scores of a case's sequence classifier, read behind the last token as transformers reads.
+    """
+    theirs = np.load(case / "scores.npz")
+    config, begin = pretrained.judge(path=case / "judge")
+    params, rows = begin(Transformer(config), jax.random.key(0)), len(theirs["tokens"])
+    tokens, valid = jnp.asarray(theirs["tokens"]), jnp.asarray(theirs["valid"])
+    asked = Prompts(tokens, valid, jnp.arange(rows), jnp.arange(rows), ())
+    rollout = as_rollout(asked, tokens[:, :0], jnp.zeros((rows, 0)), jnp.zeros(rows, jnp.int32),
+                         ended=jnp.ones(rows, bool), policy_version=0)  # fmt: skip
+    rollout = rollout.replace(action_mask=valid)
+    judge = functools.partial(scoring.score, Transformer(config), params)
+    found = float(np.abs(learned.behind_last_action(judge, rollout) - theirs["scores"]).max())
+    early = float(np.abs(learned.before_last_action(judge, rollout) - theirs["scores"]).max())
+    wrong = [f"scores differ by {found:.1e}"] * (not found <= TOLERANCE)
+    wrong += [f"read one token early they differ by {early:.1e} only"] * (not early > 100 * TOLERANCE)
+    print(f"{case.name:<20} scores {found:.1e}, read one token early {early:.1e}  {', '.join(wrong) or 'ok'}")
+    return wrong
+
+
 def loaded_again(case: pathlib.Path) -> list[str]:
     """What differs between a checkpoint and our export of it, both in transformers."""
     before, after = (np.load(case / name) for name in ("theirs.npz", "again.npz"))
@@ -162,6 +184,8 @@ def main() -> int:
             print(f"parity with transformers was not checked: {problem}")
             return 0
     failed = {name for name in cases(folder) if compared(folder / name)}
+    judges = [path.parent for path in sorted(folder.glob("*/scores.npz"))]
+    failed |= {f"the judge {case.name}" for case in judges if judged(case)}
     if not arguments.folder:
         problem = environment.run(environment.FOLDER, side, "load", folder)
         if problem:
@@ -169,8 +193,10 @@ def main() -> int:
             return 1
         failed |= {name for name in cases(folder) if loaded_again(folder / name)}
     version, count = str(np.load(folder / "llama" / "theirs.npz")["version"]), len(cases(folder))
-    print(f"transformers {version}: {count - len(failed)} of {count} models have equal logits (to {TOLERANCE:g}) and "
-          "greedy continuations" + ("" if arguments.folder else ", there and back"))  # fmt: skip
+    count += len(judges)
+    print(f"transformers {version}: {count - len(failed)} of {count} models ({len(judges)} of them sequence "
+          f"classifiers) have equal logits (to {TOLERANCE:g}) and greedy continuations"
+          + ("" if arguments.folder else ", there and back"))  # fmt: skip
     return int(bool(failed))
 
 

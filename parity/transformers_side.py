@@ -1,7 +1,8 @@
 """transformers' half of the parity test of models; runs in the environment with torch.
 
     python transformers_side.py make FOLDER    writes FOLDER/<case>/model, a tiny random checkpoint of each family, and
-                                               FOLDER/<case>/theirs.npz, its logits and its greedy continuation
+                                               FOLDER/<case>/theirs.npz, its logits and its greedy continuation; and
+                                               FOLDER/<case>/judge and scores.npz, a sequence classifier of a few
     python transformers_side.py load FOLDER    loads FOLDER/<case>/export, which ours wrote, and writes its logits
                                                and greedy continuation to FOLDER/<case>/again.npz
 
@@ -53,6 +54,7 @@ CASES = {  # name -> the architecture, and settings of its config
     "gpt2": ("GPT2", dict(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=96, bos_token_id=None,
                           eos_token_id=None)),
 }  # fmt: skip
+JUDGES = ("llama", "llama_biased", "qwen3", "gemma2", "gpt2")  # of these there is a sequence classifier too
 LARGEST_SHARD = {"qwen2": "40KB"}  # so that one checkpoint is in shards
 
 
@@ -63,12 +65,12 @@ def inputs():
     return tokens, np.arange(width)[None] >= width - np.array(LENGTHS)[:, None]
 
 
-def random_model(architecture, settings):
+def random_model(architecture, settings, kind="ForCausalLM"):
     """A model whose every parameter is random: vectors are 1 or 0 and a third, matrices scaled to keep sizes."""
     config = getattr(transformers, f"{architecture}Config")(**settings)
-    names = {"GPT2": "GPT2LMHeadModel", "Gemma3Text": "Gemma3ForCausalLM"}
+    names = {"GPT2ForCausalLM": "GPT2LMHeadModel", "Gemma3TextForCausalLM": "Gemma3ForCausalLM"}
     torch.manual_seed(0)
-    model = getattr(transformers, names.get(architecture, f"{architecture}ForCausalLM"))(config).float().eval()
+    model = getattr(transformers, names.get(architecture + kind, architecture + kind))(config).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn_like(parameter)
@@ -91,6 +93,18 @@ def outputs(model):
     return {"logits": logits.numpy(), "greedy": said[:, tokens.shape[1] :].numpy()}
 
 
+def scores(model):
+    """What a sequence classifier says of the rows, whose padding it must know by the id."""
+    model.set_attn_implementation("eager")
+    tokens, valid = inputs()
+    tokens = torch.as_tensor(np.where(valid, np.maximum(tokens, 1), 0))
+    valid = torch.as_tensor(valid).long()
+    positions = (valid.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        found = model(tokens, attention_mask=valid, position_ids=positions).logits[:, 0]
+    return {"tokens": tokens.numpy(), "valid": valid.bool().numpy(), "scores": found.numpy()}
+
+
 def main():
     torch.set_num_threads(1)  # the models are tiny
     command, folder = sys.argv[1], pathlib.Path(sys.argv[2])
@@ -101,6 +115,11 @@ def main():
             tokens, valid = inputs()
             np.savez(folder / name / "theirs.npz", tokens=tokens, valid=valid, version=transformers.__version__,
                      **outputs(model))  # fmt: skip
+            if name in JUDGES:
+                judge = random_model(architecture, settings | dict(num_labels=1, pad_token_id=0),
+                                     "ForSequenceClassification")  # fmt: skip
+                judge.save_pretrained(folder / name / "judge")
+                np.savez(folder / name / "scores.npz", **scores(judge))
         else:
             model = AutoModelForCausalLM.from_pretrained(folder / name / "export", dtype=torch.float32).eval()
             np.savez(folder / name / "again.npz", **outputs(model))

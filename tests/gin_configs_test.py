@@ -33,7 +33,8 @@ LOADED_QUICKLY = {"experiments/quickstart/grpo.gin", "experiments/quickstart/ran
 RUN_QUICKLY = {"experiments/quickstart/grpo.gin", "experiments/preferences/dpo.gin", "experiments/spiral/kuhn.gin",
                "experiments/ssr_zero/ssr_zero.gin",                "ppo", "kto"}  # fmt: skip
 
-WITH_VALUES = {"ppo", "ma_ppo", "ppo_shared", "reward_model", "process_reward_model"}
+WITH_VALUES = {"ppo", "ma_ppo", "ppo_shared", "rlhf", "reward_model", "process_reward_model"}
+WITH_A_CRITIC = {"ppo", "ma_ppo", "rlhf"}
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
@@ -157,9 +158,11 @@ def overrides_for(path, folder):
     text = with_includes(path)
     given = re.findall(r"^(\w+) = (?!%gin.REQUIRED)", text, re.M)  # by the experiment itself
     asked = [name for name in re.findall(r"^(\w+) = %gin.REQUIRED", text, re.M) if name not in given]
-    runs_asked = {name: folder / name / "seed_0" for name in ("BASE", "STAGE_ONE") if name in asked}
-    for run in runs_asked.values():
-        write_run(run, main.load("experiments/score/base.gin")[0])
+    made_by = {"BASE": "experiments/score/base.gin", "STAGE_ONE": "experiments/score/base.gin",
+               "REWARD_RUN": "experiments/ma_rlhf/reward_model.gin"}  # fmt: skip
+    runs_asked = {name: folder / name / "seed_0" for name in made_by if name in asked}
+    for name, run in runs_asked.items():
+        write_run(run, main.load(made_by[name])[0])
     where = {"DATA": DATA / pathlib.Path(path).parent.name, "VOCAB": DATA / "tokenizers" / "gpt2", "WEIGHTS": folder}
     where |= runs_asked
     if "WEIGHTS" in asked:
@@ -229,14 +232,20 @@ def compose(method, folder):
     path = folder / f"{method}.gin"
     teacher = TEACHER if "TEACHER = %gin.REQUIRED" in text else ""
     external = "EXTERNAL = @graph.random()\n" if "EXTERNAL = %gin.REQUIRED" in text else ""
-    path.write_text(body.format(method=method) + SHAPE + teacher + external)
+    judge = ""
+    if "REWARD_RUN = %gin.REQUIRED" in text:
+        write_run(folder / "judge", main.load(str(compose("reward_model", folder)))[0])
+        judge = f"REWARD_RUN = '{folder / 'judge'}'\n"
+        body = body.replace("online.Experiment.reward_fn = @graph.random()\n", "").replace(
+            "from mlrl.rewards import graph\n", "")  # fmt: skip
+    path.write_text(body.format(method=method) + SHAPE + teacher + external + judge)
     return path
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_is_wholly_used(method, tmp_path):
     experiment, _ = prepared(compose(method, tmp_path))
-    values = dict(value_head=method in WITH_VALUES, critic_layers=2 if method in ("ppo", "ma_ppo") else 0)
+    values = dict(value_head=method in WITH_VALUES, critic_layers=2 if method in WITH_A_CRITIC else 0)
     assert experiment.model == Config(**SMALL, **values)
 
 

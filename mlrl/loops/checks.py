@@ -22,6 +22,7 @@ from mlrl.evaluation_attempts import AttemptsEvaluation, pairs
 from mlrl.evaluation_games import Match
 from mlrl.evaluation_judges import JudgeEvaluation
 from mlrl.evaluation_stored import StoredEvaluation
+from mlrl.loops.start import FrozenModel
 from mlrl.models.transformer import Config, Transformer
 from mlrl.rewards.completions import name_of
 from mlrl.rewards.lifting import lift
@@ -31,7 +32,6 @@ from mlrl.types import (
     CurriculumFn,
     Distribution,
     LossFn,
-    Models,
     Prompts,
     Refused,
     RewardFn,
@@ -41,6 +41,7 @@ from mlrl.types import (
     StatefulAdvantage,
     Task,
     Vocabulary,
+    refusing_models,
     require_whole,
 )
 from mlrl.updates import check_division, fields_read, total_loss
@@ -52,7 +53,8 @@ _ASKS_MODELS = "models are bound in the loop"
 def nouns(experiment: Any) -> None:
     """Fields hold what their names say; a function stands nowhere that its result belongs."""
     kinds = {"task": Task, "model": Config, "sampling": Sampling, "optimizer": optax.GradientTransformation,
-             "curriculum": CurriculumFn, "losses": Sequence, "evaluations": Sequence}  # fmt: skip
+             "curriculum": CurriculumFn, "losses": Sequence, "evaluations": Sequence,
+             "reference": FrozenModel, "reward_models": Sequence}  # fmt: skip
     for name, kind in kinds.items():
         value = getattr(experiment, name, ())
         if value != () and not isinstance(value, kind):
@@ -60,6 +62,10 @@ def nouns(experiment: Any) -> None:
             shown = name_of(value) if callable(value) else repr(value)
             wanted = "tuple, as (@name,)" if kind is Sequence else kind.__name__
             raise Refused(f"Experiment.{name} must be a {wanted}, got {shown}{hint}")
+    for number, value in enumerate(getattr(experiment, "reward_models", ())):
+        if not isinstance(value, FrozenModel):
+            raise Refused(f"Experiment.reward_models[{number}] must be a FrozenModel, as @start.reward_model(), got "
+                          f"{name_of(value) if callable(value) else repr(value)}")  # fmt: skip
     for field in dataclasses.fields(experiment):
         value, named = getattr(experiment, field.name), field.name.endswith("_fn") and field.name != "reward_fn"
         usable = callable(value) or isinstance(value, Controlled | StatefulAdvantage)
@@ -327,6 +333,14 @@ def judges_have_models(experiment: Any, batch: Batch, reads: set[str] | frozense
                           "loss reads it: choose a reward_fn without it, as preference.likelihood_reward")  # fmt: skip
 
 
+def reward_models_are_asked(count: int, asked: set[str], *, in_graph: bool) -> None:
+    """Each of an experiment's reward models is asked by its reward; of one on the host that is not known."""
+    for number in range(count if in_graph else 0):
+        if f"TrainState.reward_models[{number}]" not in asked:
+            raise Refused(f"no reward asks reward model {number} of the {count} in Experiment.reward_models: set "
+                          "reward_fn = @learned.score (its `which` is the number), or leave the model out")  # fmt: skip
+
+
 def rewards_work(reward: RewardFn, task: Task, *, rows: int = 2) -> None:
     """Tries the reward on demonstrations of real prompts: a raise, hang, wrong type or shape shows before compiling."""
     attempt = functools.partial(_attempt, reward, task, rows)
@@ -363,8 +377,4 @@ def _attempt(reward: RewardFn, task: Task, rows: int) -> tuple[Rewards, Rollout,
     prompts = prompts_lib.draw(task, jax.random.key(0), 0, rows, weights)
     rollout = prompts_lib.played(prompts_lib.demonstrations(task, jax.random.key(0), 0, rows, weights))
 
-    def unbound(*_, **__):
-        raise Refused(_ASKS_MODELS)
-
-    models = Models(*[unbound] * 4)
-    return reward.update(reward.init(), rollout, prompts, task, models)[0], rollout, prompts
+    return reward.update(reward.init(), rollout, prompts, task, refusing_models(_ASKS_MODELS))[0], rollout, prompts

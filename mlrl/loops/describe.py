@@ -14,7 +14,7 @@ from mlrl import prompts as prompts_lib
 from mlrl.evaluation import completions
 from mlrl.loops import checks
 from mlrl.models.transformer import Config, cache_bytes
-from mlrl.types import Models, Refused, RewardFn, Task, TrainState
+from mlrl.types import Refused, RewardFn, Task, TrainState, refusing_models
 
 
 def size(tree: Any) -> int:
@@ -83,8 +83,8 @@ def the_memory(config: Config, state: TrainState, *, rows: int, columns: int, sc
     named = "parameters, the critic's among them" if config.critic_layers else "parameters"
     parts = {
         named: size(state.params), "frozen parameters": size(state.frozen), "optimizer": size(state.opt_state),
-        "gradients": size(state.params), "reference": size(state.reference), "KV cache": cache,
-        "logits of an update (fp32)": logits,
+        "gradients": size(state.params), "reference": size(state.reference), "reward models": size(state.reward_models),
+        "KV cache": cache, "logits of an update (fp32)": logits,
     }  # fmt: skip
     return ", ".join(f"{name} {mebibytes(count)}" for name, count in parts.items() if count)
 
@@ -112,11 +112,9 @@ def tried(reward: RewardFn, task: Task, *, rows: int = 3) -> list[str]:
     prompts = prompts_lib.draw(task, jax.random.key(0), 0, rows, weights)
     rollout = prompts_lib.played(prompts_lib.demonstrations(task, jax.random.key(0), 0, rows, weights))
 
-    def unbound(*_, **__):
-        raise Refused("models are bound in the loop")
-
     try:
-        rewards, _ = reward.update(reward.init(), rollout, prompts, task, Models(*[unbound] * 4))
+        unbound = refusing_models("models are bound in the loop")
+        rewards, _ = reward.update(reward.init(), rollout, prompts, task, unbound)
     except Refused as refusal:
         if "models are bound" in str(refusal):
             return ["it asks models, so it can be tried only in a run"]

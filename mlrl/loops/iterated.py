@@ -30,7 +30,7 @@ from mlrl.controllers import Controlled
 from mlrl.evaluation import Evaluation, evaluator
 from mlrl.loops import checks, configurations, pool, rounds, sizing, stages
 from mlrl.loops import describe as describe_
-from mlrl.loops.start import Reference, StartFn, own_start, random_parameters
+from mlrl.loops.start import FrozenModel, StartFn, own_start, random_parameters
 from mlrl.loops.states import Program, abstract_state, initial_state
 from mlrl.losses.supervised import next_token
 from mlrl.models.transformer import Config, Transformer
@@ -105,8 +105,9 @@ class Experiment:
     optimizer: optax.GradientTransformation = optimizers.adamw()
     curriculum: CurriculumFn = curricula.fixed()
     start: StartFn = random_parameters
-    reference: Reference = own_start()
+    reference: FrozenModel = own_start()
     reference_tokens: int = 0
+    reward_models: tuple[FrozenModel, ...] = ()
     evaluations: tuple[Evaluation, ...] = ()
     mesh: Callable[[], jax.sharding.Mesh] = meshes.mesh
     rollout_mesh: Callable[[jax.sharding.Mesh], jax.sharding.Mesh] = meshes.same
@@ -123,6 +124,7 @@ class Parts:
     reference_model: Transformer
     reward: RewardFn
     reads: frozenset[str]
+    reward_models: tuple[tuple[FrozenModel, Transformer], ...] = ()
     unit: int = 1  # rows that are drawn together: a group, where a loss compares its rows
     prompt_columns: int = 0  # the width of the prompts
     rows: tuple = ()  # shapes of a chunk's prompts, rows and rewards, once they are known
@@ -153,7 +155,8 @@ def round_function(parts: Parts, run: runs.Run) -> Callable[[TrainState], tuple[
     """
     experiment, (collect, explore) = parts.experiment, pool.collector(parts, run, jitted(parts))
     begin_ = jax.jit(functools.partial(begun, parts))
-    begin = lambda state: begin_(state.replace(frozen=())).replace(frozen=state.frozen)  # noqa: E731  without a copy
+    begin = lambda state: begin_(state.replace(frozen=(), reward_models=())).replace(  # noqa: E731  without a copy
+        frozen=state.frozen, reward_models=state.reward_models)  # fmt: skip
     choose_, learn_ = jax.jit(functools.partial(choose, parts)), jitted(parts)["update"]
     advance = jax.jit(experiment.curriculum.update)
 
@@ -253,7 +256,8 @@ def prepare(experiment: Experiment) -> Parts:
     checks.mesh_fits(experiment)
     checks.rows_divide(experiment, experiment.rows_per_step)
     checks.rounds_divide(experiment)
-    parts = Parts(experiment, model, experiment.reference.model(model), lift(experiment.reward_fn), frozenset())
+    judges = tuple((judge, judge.model(model)) for judge in experiment.reward_models)
+    parts = Parts(experiment, model, experiment.reference.model(model), lift(experiment.reward_fn), frozenset(), judges)
     checks.rewards_work(parts.reward, experiment.task)
     checks.evaluations_work(experiment.evaluations)
     prompts, rollout, rewards = stages.abstract_rows(parts)
@@ -264,6 +268,7 @@ def prepare(experiment: Experiment) -> Parts:
     by_losses, reads = read(losses, ()), read(losses, (advantage_fn, experiment.select_fn))
     configurations.one_temperature(experiment, reads)
     reads |= stages.asked_of_models(parts, prompts, rollout) | rounds.reads(parts, reads)
+    checks.reward_models_are_asked(len(judges), reads, in_graph=parts.reward.in_graph)
     unit = 1
     if "Batch.rollout.group" in by_losses:
         unit = experiment.group_size

@@ -19,7 +19,7 @@ from mlrl.costs.work import of_step
 from mlrl.evaluation import AnyEvaluation, Results, evaluator
 from mlrl.loops import checks, sizing, stages
 from mlrl.loops import describe as describe_
-from mlrl.loops.start import Reference, StartFn, own_start, random_parameters
+from mlrl.loops.start import FrozenModel, StartFn, own_start, random_parameters
 from mlrl.loops.states import Program, abstract_state, initial_state
 from mlrl.losses.supervised import next_token
 from mlrl.models import lora
@@ -99,7 +99,7 @@ class Experiment:
     sizes: chunks.Search = chunks.as_set()
     score_fn: Callable[..., Scores] = scoring.score
     start: StartFn = random_parameters
-    reference: Reference = own_start()
+    reference: FrozenModel = own_start()
     reference_tokens: int = 0
     stop: Callable[[Results], bool] = never
     evaluations: tuple[AnyEvaluation, ...] = ()
@@ -118,6 +118,7 @@ class Parts:
     reference_model: Transformer
     reads: frozenset[str]
     unit_rows: int = 1  # of a group that a loss compares
+    reward_models: tuple = ()  # there is no reward to ask any
 
     def stateful(self) -> dict[str, Any]:
         """Nothing else remembers."""

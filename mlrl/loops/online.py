@@ -31,7 +31,7 @@ from mlrl.costs.work import of_step
 from mlrl.evaluation import AnyEvaluation, evaluator
 from mlrl.loops import checks, dispatch, pipeline, refill, sizing, stages, states
 from mlrl.loops import describe as describe_
-from mlrl.loops.start import Reference, StartFn, own_start, random_parameters
+from mlrl.loops.start import FrozenModel, StartFn, own_start, random_parameters
 from mlrl.loops.states import Program, initial_state
 from mlrl.models import lora
 from mlrl.models.transformer import Config, Transformer
@@ -98,6 +98,7 @@ class Experiment:
     max_attempts    until the step has had so many draws of `prompts_per_step` prompts; 1: no refill
     reference       the frozen model that losses read as reference_log_probs; a teacher is one
     reference_tokens  of the reference's distributions, for losses that read them: so many likeliest; 0: all
+    reward_models   frozen models that rewards ask, as start.reward_model, see rewards.learned
     start           (model, key) -> the first parameters
     evaluations     what to measure on held-out prompts
     mesh            the devices, as a function, so that an experiment can be read without touching them
@@ -137,8 +138,9 @@ class Experiment:
     score_chunk_vocabulary: int = 0
     sizes: chunks.Search = chunks.as_set()
     start: StartFn = random_parameters
-    reference: Reference = own_start()
+    reference: FrozenModel = own_start()
     reference_tokens: int = 0
+    reward_models: tuple[FrozenModel, ...] = ()
     evaluations: tuple[AnyEvaluation, ...] = ()
     mesh: Callable[[], jax.sharding.Mesh] = meshes.mesh
     rollout_mesh: Callable[[jax.sharding.Mesh], jax.sharding.Mesh] = meshes.same
@@ -157,6 +159,7 @@ class Parts:
     reference_model: Transformer
     reward: RewardFn
     reads: frozenset[str]  # the fields that losses, advantage and selection look at: nothing else is computed
+    reward_models: tuple[tuple[FrozenModel, Transformer], ...] = ()
     unit_rows: int = 1  # of a group that a loss compares
     rows: tuple = ()  # shapes of a step's prompts, rows and rewards, once they are known
 
@@ -192,7 +195,8 @@ def prepare(experiment: Experiment) -> Parts:
     checks.mesh_fits(experiment)
     checks.rows_divide(experiment, experiment.prompts_per_step * experiment.group_size)
     reference = experiment.reference.model(model)
-    parts = Parts(experiment, model, reference, lift(experiment.reward_fn), frozenset())
+    judges = tuple((judge, judge.model(model)) for judge in experiment.reward_models)
+    parts = Parts(experiment, model, reference, lift(experiment.reward_fn), frozenset(), judges)
     checks.rewards_work(parts.reward, experiment.task)
     checks.evaluations_work(experiment.evaluations)
     prompts, rollout, rewards = stages.abstract_rows(parts)
@@ -201,6 +205,7 @@ def prepare(experiment: Experiment) -> Parts:
     losses, advantage_fn = stages.bound(parts, controllers.initial(experiment))
     reads = checks.what_is_read(losses, (advantage_fn, experiment.select_fn), batch, model.config.vocabulary_size)
     parts = dataclasses.replace(parts, reads=frozenset(reads | stages.asked_of_models(parts, prompts, rollout)))
+    checks.reward_models_are_asked(len(judges), parts.reads, in_graph=parts.reward.in_graph)
     checks.compatible(experiment.model, reads)
     checks.judges_have_models(experiment, batch, parts.reads)
     checks.one_kl(losses, advantage_fn, batch, model.config.vocabulary_size)

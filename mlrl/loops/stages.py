@@ -84,7 +84,7 @@ def sampler(parts: Parts, sample: Callable[..., Rollout]) -> Callable[..., Rollo
 def acting(parts: Any, state: TrainState) -> TrainState:
     """What a rollout on another mesh needs of the state."""
     narrow = functools.partial(as_multiplied, dtype=jnp.dtype(parts.model.config.dtype))
-    state = state.replace(opt_state=(), reference=())
+    state = state.replace(opt_state=(), reference=(), reward_models=())
     held = {"params": state.params, "frozen": state.frozen}
     abstract = isinstance(jax.tree.leaves(state.params)[0], jax.ShapeDtypeStruct)
     return state.replace(**(jax.eval_shape(narrow, held) if abstract else narrow(held)))
@@ -212,6 +212,8 @@ def models(parts: Parts, state: TrainState) -> Models:
         generate=functools.partial(generated, parts.model, lora.policy(state)),
         score=lambda rollout: asked(parts.model, lora.policy(state), rollout),
         reference=reference, generate_reference=generate_reference,
+        reward_models=tuple(functools.partial(asked, model, params)
+                            for (_, model), params in zip(parts.reward_models, state.reward_models, strict=True)),
     )  # fmt: skip
 
 
@@ -235,18 +237,24 @@ def abstract_rows(parts: Any) -> tuple[Prompts, Rollout, Rewards]:
 
 
 def asked_of_models(parts: Any, prompts: Prompts, rollout: Rollout) -> set[str]:
-    """What the reward asks of models that the state must keep for it: {"TrainState.reference"}, or nothing."""
+    """What the reward asks of models that the state must keep for it: "TrainState.reference", or one of the
+    reward models as "TrainState.reward_models[0]".
+    """
     asked = set()
 
     def judge(state: TrainState, prompts: Prompts, rollout: Rollout) -> Rewards:
         bound_ = models(parts, state.replace(reference=state.params))
 
-        def noted(answer: Callable, *given: Any, **how: Any) -> Any:
-            asked.add("TrainState.reference")
+        def noted(name: str, answer: Callable, *given: Any, **how: Any) -> Any:
+            asked.add(f"TrainState.{name}")
             return answer(*given, **how)
 
-        bound_ = bound_._replace(reference=functools.partial(noted, bound_.score),
-                                 generate_reference=functools.partial(noted, bound_.generate))  # fmt: skip
+        bound_ = bound_._replace(
+            reference=functools.partial(noted, "reference", bound_.score),
+            generate_reference=functools.partial(noted, "reference", bound_.generate),
+            reward_models=[functools.partial(noted, f"reward_models[{i}]", judge)
+                           for i, judge in enumerate(bound_.reward_models)],
+        )  # fmt: skip
         rows = prompts_lib.repeat(prompts, parts.experiment.group_size)
         update = parts.reward.update
         return update(state.reward, rollout, rows, parts.experiment.task, bound_)[0].check()

@@ -12,8 +12,16 @@ import jax
 import jax.numpy as jnp
 
 from mlrl import checkpoints
-from mlrl.models import lora
-from mlrl.models.transformer import Config, Transformer, initialize, plain, without_adapters, without_values
+from mlrl.models import lora, pretrained
+from mlrl.models.transformer import (
+    CRITIC,
+    Config,
+    Transformer,
+    initialize,
+    plain,
+    without_adapters,
+    without_values,
+)
 from mlrl.types import Array, Params, Refused
 
 StartFn = Callable[[Transformer, Array], Params]  # (model, key) -> its first parameters
@@ -31,8 +39,8 @@ def from_run(*, run_dir: str, seed: int = 0) -> StartFn:
       run_dir: the run's folder; "{seed}" in it stands for the number below.
       seed: bound to %SEED, each seed of an experiment begins where the run of the same seed ended, also under --seeds.
 
-    A value head (or critic) that this model has and the run had not starts at random, and so do adapters: those of a
-    run that had some are taken over, over the same frozen base.
+    A value head (or critic) is taken over where the run had one of the same shape, and starts at random else. So do
+    adapters: those of a run that had some are taken over, over the same frozen base.
 
     Raises: Refused, if there is no checkpoint, or the run's model has another shape, or other adapters.
     """
@@ -49,10 +57,17 @@ def from_run(*, run_dir: str, seed: int = 0) -> StartFn:
             return lora.adapted(start(whole, key), model, key)
         fresh = random_parameters(model, key)
         _require_same_adapters(run_dir, there, fresh)
-        kept = {name: fresh[name] for name in _parts(without_values(model))}
+        names = [*_parts(without_values(model)), *(name for name in CRITIC if _same_shapes(there, fresh, name))]
+        kept = {name: fresh[name] for name in names}
         return fresh | checkpoints.restore_params(folder, kept)
 
     return start
+
+
+def _same_shapes(there: Params, here: Params, name: str) -> bool:
+    """Whether two models have a part of the same shapes and dtypes by this name."""
+    shapes = lambda params: jax.tree.map(lambda x: (tuple(x.shape), jnp.dtype(x.dtype).name), params[name])  # noqa: E731
+    return name in there and name in here and shapes(there) == shapes(here)
 
 
 def _require_same_adapters(run_dir: str, there: Params, here: Params) -> None:
@@ -87,13 +102,13 @@ def critic_from_policy(*, start: StartFn = random_parameters) -> StartFn:
     return begin
 
 
-class Reference(NamedTuple):
-    """The frozen model whose log-probs losses read as reference_log_probs, as functions.
+class FrozenModel(NamedTuple):
+    """A model beside the policy that is not trained, as functions: a reference, a teacher, a reward model.
 
-    model   policy's Transformer -> the reference's; it has no values
-    params  (policy's first parameters, the reference's Transformer, key) -> the parameters that the state holds for it
-    held    parameters of the reference's Transformer -> those of them that the state holds: the others it shares with
-            the policy's frozen base
+    model   policy's Transformer -> its own
+    params  (policy's first parameters, its own Transformer, key) -> the parameters that the state holds for it
+    held    parameters of its Transformer -> those of them that the state holds: the others it shares with the policy's
+            frozen base
     """
 
     model: Callable[[Transformer], Transformer]
@@ -101,16 +116,16 @@ class Reference(NamedTuple):
     held: Callable[[Params], Params] = lambda params: params
 
 
-def own_start() -> Reference:
+def own_start() -> FrozenModel:
     """The reference is the policy as it was before the first step (or round, where a loop moves it).
 
     Of a policy with adapters it holds a copy of these alone, over the same frozen base.
     """
     held = lambda params: lora.split(params)[0]  # noqa: E731
-    return Reference(without_values, lambda first, model, key: as_reference(held(first), model), held)
+    return FrozenModel(without_values, lambda first, model, key: as_reference(held(first), model), held)
 
 
-def frozen_base() -> Reference:
+def frozen_base() -> FrozenModel:
     """The reference is the frozen base of a policy with adapters: these are switched off, and the state holds nothing.
 
     It is `own_start` wherever the adapters begin at zero, and saves their copy and their products. Where they do not
@@ -125,10 +140,10 @@ def frozen_base() -> Reference:
                           "Config.lora_rank, or Experiment.reference = @start.own_start()")  # fmt: skip
         return without_adapters(without_values(policy))
 
-    return Reference(model, lambda first, model, key: {}, lambda params: {})
+    return FrozenModel(model, lambda first, model, key: {}, lambda params: {})
 
 
-def teacher(*, model: Config, start: StartFn) -> Reference:
+def teacher(*, model: Config, start: StartFn) -> FrozenModel:
     """The reference is another model, of any shape but with the policy's vocabulary: a teacher to distil.
 
     Args:
@@ -137,14 +152,57 @@ def teacher(*, model: Config, start: StartFn) -> Reference:
     Raises: Refused, if its vocabulary has another size.
     """
 
-    def shaped(policy: Transformer) -> Transformer:
-        size = model.vocabulary_size or policy.config.vocabulary_size
-        if size != policy.config.vocabulary_size:
-            raise Refused(f"the teacher has {size} ids and the policy {policy.config.vocabulary_size}: log-probs can "
-                          "be compared only over one vocabulary")  # fmt: skip
-        return without_values(Transformer(dataclasses.replace(model, vocabulary_size=size)))
+    shaped = lambda policy: without_values(_over_same_ids(model, policy, "teacher"))  # noqa: E731
+    return FrozenModel(shaped, lambda first, model, key: start(model, jax.random.fold_in(key, 0x74656163)))
 
-    return Reference(shaped, lambda first, model, key: start(model, jax.random.fold_in(key, 0x74656163)))
+
+def reward_model(*, model: Config, run_dir: str) -> FrozenModel:
+    """A frozen model whose values judge rows: one that another run trained, as by gin/methods/reward_model.gin.
+
+    A reward asks it by `models.reward_models[i](rollout).values`; `rewards.learned.score` is such a reward.
+
+    Args:
+      model: its shape, that of the run: with a value head, or a critic. vocabulary_size 0 takes the policy's.
+      run_dir: the run's folder; its last complete checkpoint is taken, value head and adapters included.
+    Raises: Refused, if the model has no values or another number of ids than the policy, if there is no checkpoint, or
+      if the run's model has another shape.
+    """
+    folder = pathlib.Path(run_dir, "checkpoints")
+    if not model.value_head:
+        raise Refused("a reward model judges by its values: set Config.value_head of start.reward_model.model, "
+                      "as the run that trained it did")  # fmt: skip
+    if checkpoints.latest_step(folder) is None:
+        raise Refused(f"{run_dir} holds no complete checkpoint of a reward model: train it first, as by "
+                      "gin/methods/reward_model.gin, or name another start.reward_model.run_dir")  # fmt: skip
+
+    def restored(first: Params, own: Transformer, key: Array) -> Params:
+        return checkpoints.restore_params(folder, jax.eval_shape(functools.partial(initialize, own), key))
+
+    return FrozenModel(lambda policy: _over_same_ids(model, policy, "reward model"), restored)
+
+
+def pretrained_reward_model(*, path: str, base: Config = Config()) -> FrozenModel:
+    """A frozen reward model from a Hugging Face folder: a sequence classifier with one label, as TRL trains them.
+
+    Such a model was trained to be read behind the EOS: set learned.score.read = @learned.behind_last_action.
+
+    Args:
+      path: the folder; see models.pretrained.judge.
+      base: what the folder does not say, such as dtype and param_dtype.
+    Raises: Refused, as models.pretrained.judge does, or if it has another number of ids than the policy.
+    """
+    config, begin = pretrained.judge(path=path, base=base)
+    return FrozenModel(lambda policy: _over_same_ids(config, policy, "reward model"),
+                       lambda first, model, key: begin(model, key))  # fmt: skip
+
+
+def _over_same_ids(config: Config, policy: Transformer, what: str) -> Transformer:
+    """A model of the policy's vocabulary."""
+    size = config.vocabulary_size or policy.config.vocabulary_size
+    if size != policy.config.vocabulary_size:
+        raise Refused(f"the {what} has {size} ids and the policy {policy.config.vocabulary_size}: they can read the "
+                      "same rows only over one vocabulary")  # fmt: skip
+    return Transformer(dataclasses.replace(config, vocabulary_size=size))
 
 
 def as_reference(params: Params, model: Transformer) -> Params:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mlrl import controllers, meshes
-from mlrl.loops.start import random_parameters
+from mlrl.loops.start import FrozenModel, random_parameters
 from mlrl.models import lora
 from mlrl.models.transformer import Transformer
 from mlrl.types import Params, TrainState
@@ -20,6 +20,7 @@ from mlrl.types import Params, TrainState
 class Parts(Protocol):
     """What every loop's parts have: an experiment closed over its models and checked.
 
+    reward_models  those that rewards may ask, each with its Transformer
     reads      the fields that losses, advantages and selection look at, and "TrainState.reference" where something
                else does; nothing else is computed or kept
     """
@@ -27,6 +28,7 @@ class Parts(Protocol):
     experiment: Any
     model: Transformer
     reference_model: Transformer
+    reward_models: tuple[tuple[FrozenModel, Transformer], ...]
     reads: frozenset[str]
 
     def stateful(self) -> Mapping[str, Any]:
@@ -65,8 +67,14 @@ def initial_state(parts: Parts) -> TrainState:
     reference = ()
     if keeps_reference(parts):
         reference = meshes.placed(parts.experiment.reference.params(params, parts.reference_model, key))
+    judges = reward_model_params(parts, params, key)
     # In one program, since what an optimizer makes of parameters would else be whole on every device.
-    return jax.jit(lambda *models: meshes.split_state(state_from(parts, *models)))(params, reference)
+    return jax.jit(lambda *models: meshes.split_state(state_from(parts, *models)))(params, reference, judges)
+
+
+def reward_model_params(parts: Parts, first: Params, key: jax.Array) -> tuple[Params, ...]:
+    """The parameters of each reward model, split over the current mesh; `first` are the policy's."""
+    return tuple(meshes.placed(judge.params(first, model, key)) for judge, model in parts.reward_models)
 
 
 def abstract_state(parts: Parts) -> TrainState:
@@ -83,16 +91,19 @@ def _made_of(parts: Parts, key: jax.Array) -> TrainState:
     reference = ()
     if keeps_reference(parts):
         reference = parts.experiment.reference.held(random_parameters(parts.reference_model, key))
-    return state_from(parts, random_parameters(parts.model, key), reference)
+    judges = tuple(judge.held(random_parameters(own, key)) for judge, own in parts.reward_models)
+    return state_from(parts, random_parameters(parts.model, key), reference, judges)
 
 
-def state_from(parts: Parts, params: Params, reference: Params) -> TrainState:
-    """The state of step 0 around the first parameters, all of the policy's and those that the reference holds."""
+def state_from(parts: Parts, params: Params, reference: Params,
+               reward_models: tuple[Params, ...] = ()) -> TrainState:  # fmt: skip
+    """The state of step 0 around the policy's first parameters and those that frozen models hold."""
     experiment = parts.experiment
     trained, frozen = lora.split(params)
     fields = {"curriculum": (), "reward": ()} | dict(parts.stateful())
     return TrainState(
         step=jnp.int32(0), key=jax.random.key(experiment.seed), params=trained,
         opt_state=experiment.optimizer.init(trained), reference=reference,
-        controllers=controllers.initial(experiment), bad_updates=jnp.int32(0), frozen=frozen, **fields,
+        controllers=controllers.initial(experiment), bad_updates=jnp.int32(0), frozen=frozen,
+        reward_models=reward_models, **fields,
     )  # fmt: skip

@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from mlrl.losses.preference import PairFn, all_pairs, pair_weights
+from mlrl.reductions import row_last
 from mlrl.types import Array, Batch, Metrics, Scores
 
 
 def row_values(scores: Scores, batch: Batch) -> Array:
     """The value at each row's last masked column: [B]; 0 for a row without one."""
-    columns = jnp.arange(batch.mask.shape[1])
-    last = jnp.max(jnp.where(batch.mask, columns, -1), axis=1, keepdims=True)
-    return jnp.where(columns == last, scores.values, 0.0).sum(axis=1)
+    return row_last(scores.values, batch.mask)
 
 
 def bradley_terry(

@@ -49,19 +49,33 @@ class Family:
     buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)
 
 
-def family_of(settings: Mapping[str, Any], source: str) -> tuple[Family, Fields]:
-    """The family of a config.json, and the fields of Config that it sets. Raises Refused, naming what is unknown."""
+def family_of(settings: Mapping[str, Any], source: str, *, judges: bool = False) -> tuple[Family, Fields]:
+    """The family of a config.json, and the fields of Config that it sets. Raises Refused, naming what is unknown.
+
+    Args:
+      judges: it is of a sequence classifier instead, whose score is the value head; it has no output head.
+    """
     name, architectures = settings.get("model_type"), settings.get("architectures") or []
     family = next((family for family in FAMILIES if family.name == name), None)
     if family is None:
         raise Refused(f"{source} is of model_type {name!r}, which mlrl does not have: it has {known_names()}")
+    family = _judging(family) if judges else family
     if architectures and architectures != [family.architecture]:
         listed = architectures if isinstance(architectures, list) else [architectures]
-        raise Refused(f"{source} is of the architecture {', '.join(map(str, listed))}: mlrl has {known_names()}")
+        known = family.architecture if judges else known_names()
+        raise Refused(f"{source} is of the architecture {', '.join(map(str, listed))}: mlrl has {known}"
+                      + " for reward models" * judges)  # fmt: skip
     reader = Settings(settings, source, NO_MATTER)
     fields = family.read(reader)
     reader.all_read()
-    return family, fields
+    return family, fields | ({"value_head": True, "tied_head": True} if judges else {})
+
+
+def _judging(family: Family) -> Family:
+    """The sequence classifiers of a family of language models."""
+    stem = family.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+    layout = lambda c: layouts.judging(family.layout(c), c.width)  # noqa: E731
+    return dataclasses.replace(family, architecture=f"{stem}ForSequenceClassification", layout=layout)
 
 
 def shape_of(config: Config) -> Config:

@@ -45,6 +45,11 @@ def outputs_first(leaf: np.ndarray) -> np.ndarray:
     return leaf.T
 
 
+def judging(tensors: list[Tensor], width: int) -> list[Tensor]:
+    """A layout's sequence classifier of one label: its score of a hidden state, [1, D], is the value head."""
+    return [*tensors, Tensor("score.weight", (1, width), ("value", "kernel"), outputs_first)]
+
+
 Experts = Callable[[Config, str, str], list[Tensor]]  # (config, layer's name there, MLP's name here)
 
 

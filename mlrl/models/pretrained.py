@@ -34,13 +34,32 @@ def config(path: str, *, base: Config = Config()) -> Config:
         lora_kernels), scan_layers, attention, remat, dtype and param_dtype.
     Raises: Refused, naming the setting that mlrl does not have, or the field of `base` that the folder decides.
     """
-    _, fields = _family(path)
+    return _config(path, base, "pretrained.config.base", judges=False)
+
+
+def judge(*, path: str, base: Config = Config()) -> tuple[Config, Start]:
+    """The shape and the weights of a reward model in a folder: a sequence classifier of transformers with one label.
+
+    Its score, [1, D] without a bias, is the value head; it has no output head. transformers reads it behind the last
+    token, that is behind the EOS, and not before it.
+
+    Args:
+      path: a folder as of `start`, whose architecture is one ...ForSequenceClassification.
+      base: as of `config`.
+    Raises: Refused, as `config` and `start` do.
+    """
+    made = Start(str(path), judges=True)
+    _matched(made.path, judges=True)
+    return _config(path, base, "the reward model's base", judges=True), made
+
+
+def _config(path: str, base: Config, where: str, *, judges: bool) -> Config:
+    _, fields = _family(path, judges=judges)
     ours = {name: getattr(base, name) for name in families.OURS if hasattr(base, name)}
-    found = Config(**fields, **ours)
+    found = Config(**(ours | fields))
     for name in families.differing(base, found):
         if getattr(base, name) != getattr(Config(), name):
-            raise Refused(f"pretrained.config.base sets {name} to {_shown(base, name)}, but {path} decides it: "
-                          "leave it out")  # fmt: skip
+            raise Refused(f"{where} sets {name} to {_shown(base, name)}, but {path} decides it: leave it out")
     return found
 
 
@@ -59,13 +78,14 @@ def start(*, path: str) -> Start:
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """(model, key) -> parameters; made by `start`."""
+    """(model, key) -> parameters; made by `start`, or by `judge` of a sequence classifier."""
 
     path: str
+    judges: bool = False
 
     def check(self, model: Transformer) -> None:
         """Refuses a model whose shape is not the folder's."""
-        _, fields = _family(self.path)
+        _, fields = _family(self.path, judges=self.judges)
         there, here = families.shape_of(Config(**fields)), families.shape_of(model.config)
         names = families.differing(there, here)
         if names:
@@ -76,7 +96,7 @@ class Start:
     def __call__(self, model: Transformer, key: Array) -> Params:
         """Reads tensor by tensor, into parameters of the model's param_dtype; those that are not there are random."""
         self.check(model)
-        tensors, stored = _matched(self.path)
+        tensors, stored = _matched(self.path, judges=self.judges)
         kernels = lora.kernels(model, key)
         of_leaf: dict[Path, list[Tensor]] = {}
         for tensor in tensors:
@@ -205,13 +225,13 @@ def settings(path: str | pathlib.Path) -> dict[str, Any]:
     return found
 
 
-def _family(path: str | pathlib.Path) -> tuple[families.Family, families.Fields]:
-    return families.family_of(settings(path), str(pathlib.Path(path, CONFIG)))
+def _family(path: str | pathlib.Path, *, judges: bool = False) -> tuple[families.Family, families.Fields]:
+    return families.family_of(settings(path), str(pathlib.Path(path, CONFIG)), judges=judges)
 
 
-def _matched(path: str) -> tuple[list[Tensor], dict[str, tensor_files.Stored]]:
+def _matched(path: str, *, judges: bool = False) -> tuple[list[Tensor], dict[str, tensor_files.Stored]]:
     """The tensors that the model of a folder needs, and where each lies. Raises Refused unless they fit exactly."""
-    family, fields = _family(path)
+    family, fields = _family(path, judges=judges)
     shape = Config(**fields)
     tensors, stored = family.layout(shape), tensor_files.stored(path)
     stored = {name: place for name, place in stored.items() if not name.endswith(family.buffers)}

@@ -13,10 +13,10 @@ NO_MATTER = frozenset("""
     architectures model_type
     _attn_implementation _attn_implementation_autoset _name_or_path attention_dropout attn_pdrop begin_suppress_tokens
     bos_token_id cache_implementation chunk_size_feed_forward dtype embd_pdrop eos_token_id id2label initializer_range
-    label2id max_position_embeddings n_ctx n_positions output_attentions output_hidden_states output_router_logits
-    pad_token_id pretraining_tp problem_type reorder_and_upcast_attn resid_pdrop return_dict router_aux_loss_coef
-    router_jitter_noise summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
-    task_specific_params torch_dtype transformers_version unk_token_id use_cache
+    label2id max_position_embeddings n_ctx n_positions num_labels output_attentions output_hidden_states
+    output_router_logits pad_token_id pretraining_tp problem_type reorder_and_upcast_attn resid_pdrop return_dict
+    router_aux_loss_coef router_jitter_noise summary_activation summary_first_dropout summary_proj_to_labels
+    summary_type summary_use_proj task_specific_params torch_dtype transformers_version unk_token_id use_cache
 """.split())  # fmt: skip
 
 

@@ -14,9 +14,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
 import worlds  # noqa: E402
 
-from mlrl import optimizers, runs  # noqa: E402
+from mlrl import advantages, optimizers, runs  # noqa: E402
 from mlrl.loops import offline, online, start  # noqa: E402
-from mlrl.losses import distillation, policy  # noqa: E402
+from mlrl.losses import distillation, policy, values  # noqa: E402
 from mlrl.models.transformer import Config  # noqa: E402
 from mlrl.types import Refused  # noqa: E402
 
@@ -49,6 +49,18 @@ def test_a_run_starts_where_another_ended_and_its_value_head_at_random(tmp_path)
         from_there(other.model, jax.random.key(1))
     with pytest.raises(Refused, match="holds no complete checkpoint to start from"):
         start.from_run(run_dir=str(tmp_path / "nowhere"))
+
+
+def test_a_value_head_of_the_same_shape_is_taken_over(tmp_path):
+    valued = dataclasses.replace(worlds.TINY, value_head=True)
+    experiment = worlds.sums(num_steps=1, evaluations=(), recording=QUIET, model=valued, advantage_fn=advantages.gae,
+                             losses=(policy.ppo_clip, values.clipped_value_loss))  # fmt: skip
+    state, _ = finished(online, experiment, tmp_path)
+    from_there, model = start.from_run(run_dir=str(tmp_path)), online.prepare(experiment).model
+    assert float(abs(state.params["value"]["kernel"]).max()) > 0
+    jax.tree.map(np.testing.assert_array_equal, from_there(model, jax.random.key(1)), state.params)
+    with_critic = online.prepare(worlds.sums(model=dataclasses.replace(valued, critic_layers=1))).model
+    assert "value" not in from_there(with_critic, jax.random.key(1)), "a critic is no value head: it starts at random"
 
 
 def test_a_student_comes_to_speak_like_its_teacher_offline(tmp_path):

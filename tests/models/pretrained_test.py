@@ -271,6 +271,40 @@ def test_pickled_weights_are_not_read(llama):
         pretrained.start(path=str(folder))
 
 
+def as_classifier(folder, score, **changes):
+    """Turns a folder into that of a sequence classifier."""
+    file = folder / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(file).items() if name != HEAD}
+    save_file(tensors | {"score.weight": score}, file)
+    change_settings(folder, architectures=["LlamaForSequenceClassification"], **changes)
+
+
+def test_a_sequence_classifier_is_a_reward_model_whose_value_head_is_its_score(llama):
+    """And no policy. Its head is none of its own: nothing is held for it."""
+    folder, _, _ = llama
+    score = np.arange(8, dtype=np.float32)[None]
+    as_classifier(folder, score, id2label={"0": "LABEL_0"}, pad_token_id=0)
+    config, begin = pretrained.judge(path=str(folder), base=Config(param_dtype="bfloat16"))
+    assert config == dataclasses.replace(LLAMA, tied_head=True, value_head=True, param_dtype="bfloat16")
+    params = begin(Transformer(config), jax.random.key(0))
+    np.testing.assert_array_equal(params["value"]["kernel"], score.T)
+    np.testing.assert_array_equal(params["value"]["bias"], [0.0])
+    trunk = scattered(LLAMA)["mlps_1"]["down"]["kernel"]
+    np.testing.assert_array_equal(params["mlps_1"]["down"]["kernel"], trunk.astype(jnp.bfloat16))
+    assert "head" not in params
+    with pytest.raises(Refused, match="of the architecture LlamaForSequenceClassification: mlrl has LlamaForCausalLM"):
+        pretrained.start(path=str(folder))
+
+
+def test_a_folder_that_is_no_reward_model_is_refused(llama):
+    folder, _, _ = llama
+    with pytest.raises(Refused, match="LlamaForCausalLM: mlrl has LlamaForSequenceClassification for reward models"):
+        pretrained.judge(path=str(folder))
+    as_classifier(folder, np.zeros((2, 8), np.float32))
+    with pytest.raises(Refused, match=r"score.weight in .* has shape \[2, 8\], but its config.json calls for \[1, 8\]"):
+        pretrained.judge(path=str(folder))
+
+
 def test_a_tied_head_may_be_there_twice_but_not_differ(tmp_path):
     params = scattered(QWEN2)
     pretrained.write(tmp_path, params, QWEN2)
