@@ -32,13 +32,14 @@ def rows(config):
     """Prompts of three lengths, completions of many, and parameters in which nothing is zero or one."""
     model = Transformer(config)
     params = initialize(model, jax.random.key(0))
-    params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+    moved = lambda x: x + 0.2 * jax.random.normal(jax.random.key(x.size), x.shape)  # noqa: E731
+    params = jax.jit(functools.partial(jax.tree.map, moved))(params)
     valid = jnp.arange(P)[None] >= jnp.asarray([0, 2, 4])[:, None]
     tokens = jax.random.randint(jax.random.key(1), (N, P), 0, V) * valid
     zeros = jnp.zeros(N, jnp.int32)
     prompts = Prompts(tokens, valid, zeros, zeros, ())
-    rollout = generate(model, params, prompts, jax.random.key(2), max_completion_tokens=T, eos_ids=(3, 4), pad_id=0,
-                       group_size=G)  # fmt: skip
+    sample = functools.partial(generate, model, max_completion_tokens=T, eos_ids=(3, 4), pad_id=0, group_size=G)
+    rollout = jax.jit(sample)(params, prompts, jax.random.key(2))
     lengths = set(np.asarray(rollout.action_mask.sum(axis=1)).tolist())
     assert len(lengths) > 3 and max(lengths) == T, "the rows are too alike to show anything"
     batch = batches.unannotated(rollout).replace(

@@ -18,6 +18,7 @@ MODEL = Transformer(Config(vocabulary_size=V, width=32, layers=2, heads=4, kv_he
 
 
 @functools.cache
+@jax.jit
 def params():
     """Perturbed, so that no norm is 1 and no two logits are close."""
     start = initialize(MODEL, jax.random.key(0))
@@ -116,7 +117,8 @@ def test_sampled_frequencies_are_the_distribution():
     one = jax.tree.map(lambda x: x[:1], rollout)
     tokens = jnp.tile(one.tokens, (V, 1)).at[:, P].set(jnp.arange(V))
     every = one.replace(tokens=tokens, valid=jnp.tile(one.valid, (V, 1)))
-    p = np.exp(np.asarray(score(MODEL, params(), every, first_column=P).log_probs[:, P], np.float64))
+    said = program(score, temperature=1.0, first_column=P)(params(), every).log_probs
+    p = np.exp(np.asarray(said[:, P], np.float64))
     counts = np.bincount(np.asarray(rollout.tokens[:, P]), minlength=V)
     big = p * 4000 >= 5
     expected = np.append(p[big], p[~big].sum()) * 4000
@@ -158,7 +160,7 @@ def test_bfloat16_keeps_fp32_log_probs():
 
     model = Transformer(dataclasses.replace(MODEL.config, dtype="bfloat16"))
     rollout = sample()
-    scores = score(model, params(), rollout, first_column=P)
+    scores = jax.jit(functools.partial(score, model, first_column=P))(params(), rollout)
     assert scores.log_probs.dtype == jnp.float32
     gap = jnp.abs(scores.log_probs - rollout.behavior_log_probs)[rollout.action_mask]
     assert largest_gap(rollout) < float(jnp.max(gap)) < 1.0

@@ -26,6 +26,7 @@ CONFIG = Config(vocabulary_size=V, width=16, layers=2, heads=2, kv_heads=1, head
 NEVER = (V + 1,)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def params_of(config):
     """Perturbed, so that no two logits are close."""
     leaves, structure = jax.tree.flatten(initialize(Transformer(config), jax.random.key(0)))

@@ -99,7 +99,7 @@ def test_token_mean_is_one_mean_over_all_tokens():
     """The next-token loss by hand: the mean of -log p over every action of every scored row."""
     rows = batch()
     _, metrics = run(rows, losses=(supervised.next_token,), micro_batch_rows=2)
-    log_probs = score(MODEL, params(), rows.rollout).log_probs
+    log_probs = jax.jit(SCORE)(params(), rows.rollout).log_probs
     keep = np.asarray(rows.rollout.action_mask) & np.asarray(rows.rewards.scored)[:, None]
     np.testing.assert_allclose(metrics["loss"], -np.asarray(log_probs)[keep].mean(), rtol=1e-5)
 
