@@ -21,6 +21,7 @@ from mlrl.loops import online  # noqa: E402
 from mlrl.rewards import graph, lengths  # noqa: E402
 from mlrl.tasks import puzzles  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 def train(folder, **changes):
     experiment = worlds.sums(**changes)

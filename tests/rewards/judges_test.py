@@ -197,8 +197,8 @@ def test_a_grade_does_not_depend_on_padding():
     others, other_log_probs = answers(rows(texts, left=5, right=3))
     np.testing.assert_array_equal(tokens, others)
     np.testing.assert_allclose(log_probs, other_log_probs, atol=1e-5)
-    padded = graded(judges.current, state, rows(texts, left=5, right=3))
-    np.testing.assert_allclose(graded(judges.current, state, rows(texts)), padded, atol=1e-5)
+    padded = graded(judges.current)(state, rows(texts, left=5, right=3))
+    np.testing.assert_allclose(graded(judges.current)(state, rows(texts)), padded, atol=1e-5)
 
 
 def test_a_run_whose_judge_cannot_be_read_is_stopped(tmp_path):
