@@ -1,6 +1,7 @@
 """Runs of the same experiment, as of one that goes on, are compiled once in a module that asks for it."""
 
 import dataclasses
+import functools
 
 import pytest
 
@@ -23,4 +24,5 @@ def compiled_once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(online, "jitted", jitted)
+        patch.setattr(online, "evaluator", functools.cache(online.evaluator))
         yield
