@@ -166,7 +166,7 @@ def test_bfloat16_keeps_fp32_log_probs():
     assert largest_gap(rollout) < float(jnp.max(gap)) < 1.0
 
 
-@pytest.mark.parametrize("grow_at", [(1,), (3, 4, 100), (T,)])
+@pytest.mark.parametrize("grow_at", [(1,), (3, 4, 100), pytest.param((T,), marks=pytest.mark.slow)])
 def test_caches_that_grow_change_nothing(grow_at):
     wanted = sample(group_size=2, eos_ids=(V + 1,))
     found = sample(group_size=2, eos_ids=(V + 1,), grow_at=grow_at)

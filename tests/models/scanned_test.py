@@ -226,7 +226,7 @@ def test_weight_decay_and_clipping_see_the_same_parameters():
     close(moved(scan(config)), layers.stacked(moved(config), scan(config)), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["adapters", "adapters over int8"])
+@pytest.mark.parametrize("name", [pytest.param("adapters", marks=pytest.mark.slow), "adapters over int8"])
 def test_adapters_are_split_merged_and_switched_off_as_in_the_unrolled_model(name):
     config, rollout = CONFIGS[name], sampled(CONFIGS[name])
     held = layers.stacked(params(config), scan(config))
