@@ -18,6 +18,7 @@ MODEL = Transformer(Config(vocabulary_size=V, width=32, layers=2, heads=4, kv_he
 
 
 @functools.cache
+@jax.jit
 def params():
     """Perturbed, so that no norm is 1 and no two logits are close."""
     start = initialize(MODEL, jax.random.key(0))
@@ -32,18 +33,26 @@ def some_prompts(lengths=(7, 1, 3, 7, 2, 5)) -> Prompts:
     return Prompts(tokens, valid, jnp.zeros(N, jnp.int32), jnp.arange(N), {})
 
 
+@functools.cache
+def program(function, **knobs):
+    """Compiled once for all tests with the same knobs."""
+    return jax.jit(functools.partial(function, MODEL, **knobs))
+
+
 def sample(key=3, *, prompts=None, eos_ids=(5,), pad_id=0, **knobs):
-    run = jax.jit(functools.partial(generate, MODEL, max_completion_tokens=T, eos_ids=eos_ids, pad_id=pad_id, **knobs))
+    run = program(generate, max_completion_tokens=T, eos_ids=eos_ids, pad_id=pad_id, **knobs)
     return run(params(), prompts or some_prompts(), jax.random.key(key)).check()
 
 
 def largest_gap(rollout, temperature=1.0, **knobs):
-    scores = jax.jit(functools.partial(score, MODEL, temperature=temperature, **knobs))(params(), rollout)
+    scores = program(score, temperature=temperature, **knobs)(params(), rollout)
     return float(jnp.max(jnp.abs(jnp.where(rollout.action_mask, scores.log_probs - rollout.behavior_log_probs, 0.0))))
 
 
-@pytest.mark.parametrize("eos_ids, pad_id", [((5,), 0), ((5,), 5), ((5, 9, 11), 9), ((V + 1,), 0)])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("temperature, eos_ids, pad_id", [
+    (1.0, (5,), 0), (1.0, (5,), 5), (1.0, (5, 9, 11), 9), (1.0, (V + 1,), 0), (0.7, (5, 9, 11), 9),
+    *(pytest.param(0.7, *ids, marks=pytest.mark.slow) for ids in (((5,), 0), ((5,), 5), ((V + 1,), 0))),
+])  # fmt: skip
 def test_scorer_reproduces_the_sampler(eos_ids, pad_id, temperature):
     """With one EOS, pad == EOS, several EOS ids, and rows that never stop; prompts of unequal length throughout."""
     rollout = sample(eos_ids=eos_ids, pad_id=pad_id, group_size=4, sampling=Sampling(temperature=temperature))
@@ -54,10 +63,10 @@ def test_scorer_reproduces_the_sampler(eos_ids, pad_id, temperature):
 
 def test_ratio_of_a_fresh_rollout_is_exactly_one_when_recomputed_and_one_to_1e_5_when_recorded():
     rollout = sample(group_size=4)
-    forward = jax.jit(lambda p, r: score(MODEL, p, r, first_column=P).log_probs)
-    again = jnp.exp(forward(params(), rollout) - forward(params(), rollout))
+    forward = lambda: program(score, temperature=1.0, first_column=P)(params(), rollout).log_probs
+    again = jnp.exp(forward() - forward())
     assert bool(jnp.all(again == 1.0))
-    recorded = jnp.exp(forward(params(), rollout) - rollout.behavior_log_probs)
+    recorded = jnp.exp(forward() - rollout.behavior_log_probs)
     np.testing.assert_allclose(np.where(rollout.action_mask, recorded, 1.0), 1.0, atol=1e-5)
 
 
@@ -108,7 +117,8 @@ def test_sampled_frequencies_are_the_distribution():
     one = jax.tree.map(lambda x: x[:1], rollout)
     tokens = jnp.tile(one.tokens, (V, 1)).at[:, P].set(jnp.arange(V))
     every = one.replace(tokens=tokens, valid=jnp.tile(one.valid, (V, 1)))
-    p = np.exp(np.asarray(score(MODEL, params(), every, first_column=P).log_probs[:, P], np.float64))
+    said = program(score, temperature=1.0, first_column=P)(params(), every).log_probs
+    p = np.exp(np.asarray(said[:, P], np.float64))
     counts = np.bincount(np.asarray(rollout.tokens[:, P]), minlength=V)
     big = p * 4000 >= 5
     expected = np.append(p[big], p[~big].sum()) * 4000
@@ -126,7 +136,7 @@ def test_filters_by_hand():
 
 def test_filtered_log_probs_are_those_of_the_filtered_distribution():
     rollout = sample(sampling=Sampling(top_k=3), group_size=4)
-    full = score(MODEL, params(), rollout, first_column=P).log_probs
+    full = program(score, temperature=1.0, first_column=P)(params(), rollout).log_probs
     assert float(jnp.min(jnp.where(rollout.action_mask, rollout.behavior_log_probs - full, 0.0))) >= -1e-5
     assert float(jnp.max(jnp.where(rollout.action_mask, rollout.behavior_log_probs - full, 0.0))) > 1e-3
 
@@ -141,7 +151,7 @@ def test_entropy_and_chunked_gradients():
     value_and_grad = jax.jit(jax.value_and_grad(total), static_argnums=1)
     plain, chunked = value_and_grad(params(), 0), value_and_grad(params(), 4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), plain, chunked)
-    scores = jax.jit(functools.partial(score, MODEL))(params(), rollout)
+    scores = program(score, temperature=1.0)(params(), rollout)
     assert float(scores.entropy.min()) >= 0.0 and float(scores.entropy.max()) <= np.log(V) + 1e-5
 
 
@@ -150,13 +160,13 @@ def test_bfloat16_keeps_fp32_log_probs():
 
     model = Transformer(dataclasses.replace(MODEL.config, dtype="bfloat16"))
     rollout = sample()
-    scores = score(model, params(), rollout, first_column=P)
+    scores = jax.jit(functools.partial(score, model, first_column=P))(params(), rollout)
     assert scores.log_probs.dtype == jnp.float32
     gap = jnp.abs(scores.log_probs - rollout.behavior_log_probs)[rollout.action_mask]
     assert largest_gap(rollout) < float(jnp.max(gap)) < 1.0
 
 
-@pytest.mark.parametrize("grow_at", [(1,), (3, 4, 100), (T,)])
+@pytest.mark.parametrize("grow_at", [(1,), (3, 4, 100), pytest.param((T,), marks=pytest.mark.slow)])
 def test_caches_that_grow_change_nothing(grow_at):
     wanted = sample(group_size=2, eos_ids=(V + 1,))
     found = sample(group_size=2, eos_ids=(V + 1,), grow_at=grow_at)

@@ -28,10 +28,9 @@ MESHES = {
     "fsdp_tensor": {"fsdp": 4, "tensor": 2}, "expert": {"fsdp": 4, "expert": 2}, "sequence": {"fsdp": 4, "sequence": 2},
 }  # fmt: skip
 FILES = sorted(path.relative_to(REPO).as_posix() for path in REPO.glob("gin/**/*.gin")) + EXPERIMENTS
-LOADED_QUICKLY = {"experiments/quickstart/grpo.gin", "experiments/quickstart/random_reward.gin"}
-# make test-all runs them all
-RUN_QUICKLY = {"experiments/quickstart/grpo.gin", "experiments/preferences/dpo.gin", "experiments/spiral/kuhn.gin",
-               "experiments/ssr_zero/ssr_zero.gin",                "ppo", "kto"}  # fmt: skip
+# make test-all runs them all. An experiment that runs is loaded first.
+LOADED_QUICKLY = {"experiments/quickstart/random_reward.gin"}
+RUN_QUICKLY = {"experiments/quickstart/grpo.gin", "ppo", "kto"}
 
 WITH_VALUES = {"ppo", "ma_ppo", "ppo_shared", "rlhf", "reward_model", "process_reward_model"}
 WITH_A_CRITIC = {"ppo", "ma_ppo", "rlhf"}
@@ -258,21 +257,38 @@ def test_a_method_learns_from_a_step(method, tmp_path):
     assert one_step(*prepared(compose(method, tmp_path)), tmp_path / "run")["grad_norm"] > 0
 
 
-@pytest.mark.parametrize("method", ["grpo", slow("ppo"), slow("ppo_shared"), slow("dpo"), slow("raft"), slow("sft")])
-def test_a_method_trains_adapters(method, tmp_path):
-    path = compose(method, tmp_path)
+def adapted(method, folder):
+    """(experiment, loop) of a method with adapters by an include."""
+    path = compose(method, folder)
     path.write_text(path.read_text() + "include 'gin/models/lora.gin'\nLORA_RANK = 4\nBASE_DTYPE = 'bfloat16'\n")
     experiment, loop = prepared(path)
     assert (experiment.model.lora_rank, experiment.model.param_dtype) == (4, "bfloat16")
-    assert one_step(experiment, loop, tmp_path / "run")["grad_norm"] > 0
+    return experiment, loop
 
 
-def test_a_method_trains_a_deep_model(tmp_path):
-    path = compose("grpo", tmp_path)
+def deep(folder):
+    """(experiment, loop) of a method with a deep model by an include."""
+    path = compose("grpo", folder)
     path.write_text(path.read_text() + "include 'gin/models/deep.gin'\ntransformer.Config.layers = 2\n")
     experiment, loop = prepared(path)
     assert experiment.model.scanned == (2, 1) and experiment.model.remat.__name__ == "full"
-    assert one_step(experiment, loop, tmp_path / "run")["grad_norm"] > 0
+    return experiment, loop
+
+
+def test_adapters_and_deep_models_are_chosen_by_an_include(tmp_path):
+    adapted("grpo", tmp_path)
+    deep(tmp_path)
+
+
+@pytest.mark.slow  # loops/lora_runs_test trains adapters
+@pytest.mark.parametrize("method", ["grpo", "ppo", "ppo_shared", "dpo", "raft", "sft"])
+def test_a_method_trains_adapters(method, tmp_path):
+    assert one_step(*adapted(method, tmp_path), tmp_path / "run")["grad_norm"] > 0
+
+
+@pytest.mark.slow  # models/scanned_test takes gradients of deep models
+def test_a_method_trains_a_deep_model(tmp_path):
+    assert one_step(*deep(tmp_path), tmp_path / "run")["grad_norm"] > 0
 
 
 def test_the_files_of_meshes_are_those_that_are_tested():

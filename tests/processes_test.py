@@ -207,6 +207,8 @@ def test_the_end_of_one_process_ends_all_and_another_number_goes_on(folder, alon
     same("four", alone)
 
 
+@pytest.mark.slow  # the first test tells two processes to end, loops/seeds_test one
+@pytest.mark.timeout(1200)
 def test_sigterm_saves_the_last_step_and_the_run_goes_on(folder, alone):
     command = [sys.executable, "-m", "mlrl", "train", "my.gin", "--run_dir", "told"]
     one = subprocess.Popen(command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -297,7 +297,8 @@ def evaluations_work(evaluations: Sequence[AnyEvaluation]) -> None:
     if len(set(names)) < len(names):
         raise Refused(f"two evaluations have tasks of the same name, and results go by name: {sorted(names)}")
     for evaluation in evaluations:
-        prompts_lib.first(evaluation.task, evaluation.prompts)
+        asked = functools.partial(prompts_lib.first, evaluation.task, evaluation.prompts)
+        jax.eval_shape(asked) if evaluation.task.in_graph else asked()  # whether there are as many
         if isinstance(evaluation, StoredEvaluation | JudgeEvaluation):
             evaluation.require_candidates()
         elif isinstance(evaluation, Evaluation):

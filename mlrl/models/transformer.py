@@ -284,14 +284,16 @@ def initialize(model: Transformer, key: Array) -> Params:
     """Random parameters of `model`: normal(0.02) embedding, fan-in scaled kernels, residual branches divided by
     2 * layers in variance, value head zero. With a critic, the policy's are those it has without one. On a mesh each
     device makes only what it holds."""
+    return _initialized(model, key)
+
+
+# One jit, since hundreds of small operations one by one take seconds to compile; of all models, so that one that was
+# traced is not traced again.
+@functools.partial(jax.jit, static_argnums=0)
+def _initialized(model: Transformer, key: Array) -> Params:
     one = jnp.zeros((1, 1), jnp.int32)
-
-    def init(key: Array) -> Params:
-        params = model.init(key, one, one, jnp.ones((1, 1, 1), bool), method=Transformer.everything)["params"]
-        return meshes.split_parameters(params)
-
-    # One jit, since hundreds of small operations one by one take seconds to compile.
-    return jax.jit(init)(key)
+    params = model.init(key, one, one, jnp.ones((1, 1, 1), bool), method=Transformer.everything)["params"]
+    return meshes.split_parameters(params)
 
 
 CRITIC = ("critic", "value")  # what the values come from, by name among the parameters: one of these, or neither

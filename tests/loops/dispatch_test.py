@@ -22,6 +22,7 @@ from mlrl.loops import dispatch, online  # noqa: E402
 from mlrl.rewards import graph  # noqa: E402
 from mlrl.types import Refused, TrainState  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 EVERY_FOUR = runs.Recording(save_every_steps=4, samples_every_steps=4, samples_rows=8, phases_every_steps=0)
 EXACT = ("tokens", "length/mean", "reward", "accuracy", "bad_updates", "eval/held_out/greedy")
 

@@ -22,10 +22,12 @@ from mlrl.models import lora  # noqa: E402
 from mlrl.models.transformer import Transformer, initialize, without_adapters  # noqa: E402
 from mlrl.types import Refused  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 QUIET = runs.Recording(save_every_steps=0, samples_every_steps=0)
 LORA = dataclasses.replace(worlds.TINY, lora_rank=4, lora_alpha=8.0)
 INT8 = dataclasses.replace(LORA, param_dtype="int8")
 FAST = optimizers.adamw(learning_rate=2e-2)
+LOSSES = (policy.ppo_clip, functools.partial(regularizers.kl_penalty, kl_coef=0.01))
 
 
 def even_digit(rollout, prompts):
@@ -43,7 +45,7 @@ def opinionated(model, key):
 def sums(**changes):
     settings = dict(
         model=INT8, start=opinionated, reward_fn=even_digit, optimizer=FAST, evaluations=(), recording=QUIET,
-        losses=(policy.ppo_clip, functools.partial(regularizers.kl_penalty, kl_coef=0.01)),
+        losses=LOSSES,
     )  # fmt: skip
     return worlds.sums(**settings | changes)
 

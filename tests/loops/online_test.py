@@ -93,6 +93,7 @@ def test_models_are_asked_about_rows_before_the_host_has_rewarded_them(tmp_path,
     worlds.assert_same(overlapped, in_turn)
 
 
+@pytest.mark.slow  # the test above compares the same in runs
 def test_what_models_said_before_the_update_is_what_they_say_in_it():
     parts = online.prepare(of_host_rewards())
     state, prompts = _state(parts), online.prompt_source(parts)(_state(parts), 0)
@@ -129,6 +130,7 @@ def _state(parts):
     return online.initial_state(parts)
 
 
+@pytest.mark.slow  # whole_steps_test and refilled_test compare eight devices with one
 def test_a_sharded_step_samples_the_same_tokens_and_learns_the_same():
     def step(devices):
         experiment = worlds.sums(mesh=functools.partial(meshes.mesh, devices=devices))

@@ -19,6 +19,7 @@ from mlrl import meshes, prompts, runs  # noqa: E402
 from mlrl.loops import online, stages  # noqa: E402
 from mlrl.types import Refused  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 EACH = runs.Recording(save_every_steps=2, samples_every_steps=1, samples_rows=32, keep_last=9)
 HERE = functools.partial(meshes.mesh, fsdp=2, data=1, devices=2)
 

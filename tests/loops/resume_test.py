@@ -21,6 +21,7 @@ from mlrl.loops import online  # noqa: E402
 from mlrl.rewards import graph, lengths  # noqa: E402
 from mlrl.tasks import puzzles  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 def train(folder, **changes):
     experiment = worlds.sums(**changes)
@@ -48,6 +49,7 @@ def test_resuming_is_bitwise_across_epoch_borders(undisturbed, tmp_path):
     assert [line["step"] for line in logged(tmp_path)] == list(range(25))
 
 
+@pytest.mark.slow  # pipeline_test resumes with rewards on the host
 def test_host_rewards_and_their_state_resume_too(tmp_path):
     whole = train(tmp_path / "whole", reward_fn=worlds.first_digit, num_steps=8, evaluations=())
     train(tmp_path / "parts", reward_fn=worlds.first_digit, num_steps=3, evaluations=())

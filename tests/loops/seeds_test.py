@@ -56,10 +56,20 @@ def sums(seed=0, **changes):
     return worlds.sums(seed=seed, **changes)
 
 
-def together(folder, chosen=(0, 1), **changes):
+MADE = {}
+
+
+def together(folder, chosen=(0, 1), *, anew=False, **changes):
+    """Trains seeds by programs that are compiled once for all tests with so many steps to a dispatch, or `anew`."""
     experiments = [sums(seed, **changes) for seed in chosen]
     own = [folder / f"seed_{seed}" for seed in chosen]
-    return seeds.train([seeds.Variant(online.prepare(experiments[0]), experiments, own)])
+    steps, make = experiments[0].steps_per_dispatch, seeds.programs
+    if anew or steps not in MADE:
+        MADE[steps] = functools.cache(lambda: make([variant], experiments[0].mesh(), "cpu"))
+    variant = seeds.Variant(online.prepare(experiments[0]), experiments, own)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(seeds, "programs", lambda *given: MADE[steps]())
+        return seeds.train([variant])
 
 
 def alone(folder, **changes):
@@ -79,7 +89,7 @@ def close(state, other):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    return together(folder), folder
+    return together(folder, anew=True), folder
 
 
 def test_each_seed_is_the_run_that_it_is_alone(two, tmp_path):
@@ -162,9 +172,9 @@ def test_seeds_that_are_told_to_end_are_saved_at_the_same_step(tmp_path):
     record = runs.Run.record
     with pytest.MonkeyPatch.context() as patch, pytest.raises(runs.Preempted, match="seed_1: told to end after step 1"):
         patch.setattr(runs.Run, "record", ends)
-        together(tmp_path)
+        together(tmp_path, evaluations=())
     assert all((tmp_path / f"seed_{seed}" / "checkpoints" / "1").is_dir() for seed in (0, 1))
-    assert [int(state.step) for state in together(tmp_path, num_steps=2)] == [2, 2]
+    assert [int(state.step) for state in together(tmp_path, num_steps=2, evaluations=())] == [2, 2]
 
 
 def test_a_seed_that_is_stopped_stops_all_after_the_same_step(tmp_path):

@@ -46,12 +46,16 @@ def sums(strength, seed=0, **changes):
     return worlds.sums(**{**given, **changes})
 
 
-def together(folder, strengths=(0.5, 1.0), chosen=(0, 1), **changes):
-    return seeds.train([
+def variants_of(folder, strengths, chosen, **changes):
+    return [
         seeds.Variant(online.prepare(sums(strength, **changes)), [sums(strength, seed, **changes) for seed in chosen],
                       [folder / f"S={strength}" / f"seed_{seed}" for seed in chosen], name=f"S={strength}")
         for strength in strengths
-    ])  # fmt: skip
+    ]  # fmt: skip
+
+
+def together(folder, **changes):
+    return seeds.train(variants_of(folder, (0.5, 1.0), (0, 1), **changes))
 
 
 def alone(folder, experiment):
@@ -146,6 +150,11 @@ def test_the_command_line_refuses_in_one_line(tmp_path, monkeypatch, capsys, giv
 
 def test_sizes_found_by_timing_are_those_of_all(tmp_path):
     sizes = chunks.fastest(micro_batch_rows=(0, 8), turns=1, cache_folder=str(tmp_path / "cache"))
-    together(tmp_path, chosen=(0,), num_steps=1, sizes=sizes)
+    variants = variants_of(tmp_path, (0.5, 1.0), (0,), sizes=sizes)
+    for variant in variants:
+        variant.folders[0].mkdir(parents=True)
+    settled = seeds._settled(variants)
     said = [json.loads((tmp_path / f"S={s}" / "seed_0" / chunks.FILE).read_text()) for s in (0.5, 1.0)]
     assert said[0] == said[1]
+    found = said[0]["sizes"]["micro_batch_rows"]
+    assert {own.experiment.micro_batch_rows for variant in settled for own in variant.alone()} == {found}

@@ -29,20 +29,24 @@ def first_digit(completion: str, example) -> float:
     return float(completion[:1] == example["answer"][:1])
 
 
+@functools.cache
 def noisy_verifier() -> RewardFn:
     """The verifier and a little noise: a reward with a state."""
     return combinators.weighted_sum([graph.arithmetic, graph.random()], [1.0, 0.1])
 
 
+SUMS = puzzles.arithmetic(digits=1)
+HELD_OUT = puzzles.arithmetic(digits=1, split="test", name="held_out")
+EVALUATION = Evaluation(HELD_OUT, graph.arithmetic, prompts=8, samples=2, every_steps=8)
+ADAMW = optimizers.adamw(learning_rate=3e-3)
+
+
 def sums(**changes) -> online.Experiment:
     """One-digit sums: 90 training prompts, so that 24 steps of 8 prompts cross two epoch borders."""
-    task = puzzles.arithmetic(digits=1)
-    held_out = puzzles.arithmetic(digits=1, split="test", name="held_out")
-    evaluation = Evaluation(held_out, graph.arithmetic, prompts=8, samples=2, every_steps=8)
     settings = dict(
-        task=task, reward_fn=noisy_verifier(), losses=(policy.ppo_clip,), num_steps=24, model=TINY,
-        prompts_per_step=8, group_size=4, rollout_fn=ROLLOUT, optimizer=optimizers.adamw(learning_rate=3e-3),
-        minibatches=2, evaluations=(evaluation,), mesh=ONE_DEVICE,
+        task=SUMS, reward_fn=noisy_verifier(), losses=(policy.ppo_clip,), num_steps=24, model=TINY,
+        prompts_per_step=8, group_size=4, rollout_fn=ROLLOUT, optimizer=ADAMW,
+        minibatches=2, evaluations=(EVALUATION,), mesh=ONE_DEVICE,
         recording=runs.Recording(save_every_steps=6, samples_every_steps=5, samples_rows=2),
     )  # fmt: skip
     return online.Experiment(**{**settings, **changes})

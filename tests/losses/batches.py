@@ -63,4 +63,6 @@ def build(mask, *, group, outcome, seed=0, reduction=reductions.sequence_mean_to
     return scores.check(), batch.check()
 
 
-jit_and_plain = pytest.mark.parametrize("wrap", [jax.jit, lambda f: f], ids=["jit", "plain"])
+# Plain, every operation is compiled by itself; tests/presets_test.py calls losses so in `make test`, too.
+plain = pytest.param(lambda f: f, marks=pytest.mark.slow, id="plain")
+jit_and_plain = pytest.mark.parametrize("wrap", [pytest.param(jax.jit, id="jit"), plain])

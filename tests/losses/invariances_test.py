@@ -164,7 +164,7 @@ def test_an_empty_mask_gives_zero_and_finite_gradients(name):
         np.testing.assert_array_equal(gradient, np.zeros((10, 10)))
 
 
-@pytest.mark.parametrize("shards", [1, 2, 4])
+@pytest.mark.parametrize("shards", [*(pytest.param(few, marks=pytest.mark.slow) for few in (1, 2)), 4])
 @pytest.mark.parametrize("name", ["ppo_clip", "clipped_value_loss", "dpo"])
 def test_data_shards_change_nothing(name, shards):
     """With the weights made inside the jit, the denominator is that of all shards together."""

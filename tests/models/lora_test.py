@@ -76,7 +76,10 @@ def test_an_adapter_by_hand():
     assert made["lora_scale"] == 1.5 and not made["lora_b"].any() and made["lora_a"].std() > 0.1
 
 
-@pytest.mark.parametrize("config", [LORA, GPT2, dataclasses.replace(EXPERTS, param_dtype="int8")])
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("config", [slow(LORA), GPT2, dataclasses.replace(EXPERTS, param_dtype="int8")])
 def test_a_new_adapter_changes_nothing_bit_by_bit(config):
     """Neither the base's first weights nor a logit of them."""
     model = Transformer(config)
@@ -156,8 +159,8 @@ def test_no_gradient_of_a_frozen_kernel_is_computed():
 
 
 @pytest.mark.parametrize("config", [
-    LORA, dataclasses.replace(LORA, param_dtype="bfloat16"), dataclasses.replace(GPT2, param_dtype="int8"),
-    dataclasses.replace(EXPERTS, param_dtype="int8"),
+    LORA, dataclasses.replace(EXPERTS, param_dtype="int8"), slow(dataclasses.replace(LORA, param_dtype="bfloat16")),
+    slow(dataclasses.replace(GPT2, param_dtype="int8")),
 ])  # fmt: skip
 def test_merged_parameters_say_the_same(config):
     whole, merged = lora.merge(params(config), config)

@@ -50,8 +50,12 @@ def residuals(config, how):
     return [leaf.shape for leaf in jax.tree.leaves(back)]
 
 
-@pytest.mark.parametrize("config", [CONFIG, SCANNED], ids=["unrolled", "scanned"])
-@pytest.mark.parametrize("how", [remat.dots, remat.full])
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("config, how", [
+    (CONFIG, remat.dots), (SCANNED, remat.full), slow(CONFIG, remat.full), slow(SCANNED, remat.dots),
+], ids=["unrolled dots", "scanned full", "unrolled full", "scanned dots"])  # fmt: skip
 def test_gradients_are_the_same(config, how):
     found, wanted = gradient(config, how), gradient(config, remat.none)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):

@@ -41,10 +41,16 @@ CONFIGS = {
     "adapters over int8": Config(**TINY, lora_rank=2, lora_alpha=2.0, param_dtype="int8", experts=2),
 }  # fmt: skip
 each = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-slow = ("adapters", "a critic")  # to compile a gradient of; make test-all does
-each_gradient = pytest.mark.parametrize("config", [
-    pytest.param(config, id=name, marks=[pytest.mark.slow] * (name in slow)) for name, config in CONFIGS.items()
-])  # fmt: skip
+
+
+def each_of(*quick):
+    """All, of which make test runs those that have the parts of the others between them."""
+    marks = lambda name: [pytest.mark.slow] * (name not in quick)
+    return pytest.mark.parametrize("config", [
+        pytest.param(config, id=name, marks=marks(name)) for name, config in CONFIGS.items()
+    ])  # fmt: skip
+
+
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -109,7 +115,7 @@ def test_layers_are_stacked_in_the_order_of_their_numbers():
     assert held["rest"] == {"mlps_0": {"x": 22.0}} and held["head"] == 0
 
 
-@each_gradient
+@each_of("two kinds", "experts", "adapters over int8")
 def test_a_scanned_model_scores_and_learns_as_the_unrolled_one(config):
     rollout = sampled(config)
     trained, frozen = lora.split(params(config))
@@ -143,7 +149,7 @@ def test_a_scanned_model_scores_and_learns_as_the_unrolled_one(config):
         assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradient)) > 0.1
 
 
-@each
+@each_of("two kinds", "GPT-2", "adapters over int8")
 def test_a_scanned_model_samples_the_same_tokens(config):
     found, wanted = sampled(scan(config)), sampled(config)
     np.testing.assert_array_equal(found.tokens, wanted.tokens)
@@ -220,7 +226,7 @@ def test_weight_decay_and_clipping_see_the_same_parameters():
     close(moved(scan(config)), layers.stacked(moved(config), scan(config)), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["adapters", "adapters over int8"])
+@pytest.mark.parametrize("name", [pytest.param("adapters", marks=pytest.mark.slow), "adapters over int8"])
 def test_adapters_are_split_merged_and_switched_off_as_in_the_unrolled_model(name):
     config, rollout = CONFIGS[name], sampled(CONFIGS[name])
     held = layers.stacked(params(config), scan(config))

@@ -158,11 +158,12 @@ def world(by):
     return parts, online.initial_state(parts)
 
 
-def graded(by, state, given):
+@functools.cache
+def graded(by):
+    """(state, rows) -> grades, jitted."""
     parts, _ = world(by)
-    bound = lambda state: parts.reward.update(  # noqa: E731
-        state.reward, *given, parts.experiment.task, stages.models(parts, state))[0]  # fmt: skip
-    return np.asarray(jax.jit(bound)(state).outcome)
+    return jax.jit(lambda state, given: parts.reward.update(
+        state.reward, *given, parts.experiment.task, stages.models(parts, state))[0].outcome)  # fmt: skip
 
 
 def test_only_the_judge_with_current_weights_moves_with_the_policy():
@@ -170,7 +171,7 @@ def test_only_the_judge_with_current_weights_moves_with_the_policy():
     for by, moves in ((judges.current, True), (judges.frozen, False)):
         _, state = world(by)
         other = state.replace(params=jax.tree.map(lambda x: 1.5 * x + 0.1, state.params))
-        before, after = graded(by, state, given), graded(by, other, given)
+        before, after = (np.asarray(graded(by)(s, given)) for s in (state, other))
         assert before.any() and (before != after).any() == moves
 
 
@@ -183,20 +184,21 @@ def test_a_grade_does_not_depend_on_padding():
     _, state = world(judges.current)
     parts = world(judges.current)[0]
 
+    @jax.jit
     def answers(given):
         asked = judges.asked_of(FORM, VOCABULARY, *given)
         models = stages.models(parts, state)
         said = models.generate(prompts.Prompts(*asked, jnp.zeros(3, jnp.int32), jnp.zeros(3, jnp.int32), {}),
                                jax.random.key(0), sampling=Sampling(),
                                rollout_fn=functools.partial(worlds.single_turn, max_completion_tokens=6))  # fmt: skip
-        return np.asarray(said.tokens[:, -6:]), np.asarray(said.behavior_log_probs[:, -6:])
+        return said.tokens[:, -6:], said.behavior_log_probs[:, -6:]
 
     tokens, log_probs = answers(rows(texts))
     others, other_log_probs = answers(rows(texts, left=5, right=3))
     np.testing.assert_array_equal(tokens, others)
     np.testing.assert_allclose(log_probs, other_log_probs, atol=1e-5)
-    padded = graded(judges.current, state, rows(texts, left=5, right=3))
-    np.testing.assert_allclose(graded(judges.current, state, rows(texts)), padded, atol=1e-5)
+    padded = graded(judges.current)(state, rows(texts, left=5, right=3))
+    np.testing.assert_allclose(graded(judges.current)(state, rows(texts)), padded, atol=1e-5)
 
 
 def test_a_run_whose_judge_cannot_be_read_is_stopped(tmp_path):

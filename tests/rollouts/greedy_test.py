@@ -42,7 +42,7 @@ def test_the_last_row_of_a_group_is_greedy_and_the_others_are_sampled(params):
     greedy, drawn = np.asarray(both.role) == 1, np.asarray(both.role) == 0
     np.testing.assert_array_equal(both.tokens[greedy], rows(params, SHORT, 1, GREEDY).tokens)
     np.testing.assert_array_equal(both.tokens[drawn], rows(params, SHORT, 2, sampling).tokens)
-    said = scoring.score(MODEL, params, both, temperature=0.7).log_probs
+    said = jax.jit(functools.partial(scoring.score, MODEL, temperature=0.7))(params, both).log_probs
     np.testing.assert_allclose(both.behavior_log_probs, np.where(both.action_mask, said, 0.0), atol=1e-5)
 
 

@@ -26,6 +26,7 @@ class Words:
 
 
 @functools.cache
+@jax.jit
 def params():
     """Perturbed, so that no norm is 1 and no two logits are close."""
     start = initialize(MODEL, jax.random.key(0))

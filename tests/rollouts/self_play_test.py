@@ -60,6 +60,7 @@ def counting(*, most=M, alternate=False) -> Game:
 
 
 @functools.cache
+@jax.jit
 def params():
     """Perturbed, so that no norm is 1 and no two logits are close."""
     start = initialize(MODEL, jax.random.key(0))
