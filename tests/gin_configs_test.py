@@ -174,8 +174,9 @@ def overrides_for(path, folder):
 
 
 def write_run(folder, experiment):
-    """A run folder with the experiment's first parameters in a checkpoint."""
-    parts = offline.prepare(experiment)
+    """A run folder with random parameters of the experiment's model in a checkpoint, none of them zero."""
+    start = lambda model, key: jax.tree.map(lambda x: x + 0.1, random_parameters(model, key))  # noqa: E731
+    parts = offline.prepare(dataclasses.replace(experiment, start=start, evaluations=()))
     manager = checkpoints.open_manager(folder / "checkpoints")
     checkpoints.save(manager, 0, states.initial_state(parts))
     checkpoints.close(manager)
@@ -238,8 +239,7 @@ def compose(method, folder):
     if "REWARD_RUN = %gin.REQUIRED" in text:
         write_run(folder / "judge", main.load(str(compose("reward_model", folder)))[0])
         judge = f"REWARD_RUN = '{folder / 'judge'}'\n"
-        body = body.replace("online.Experiment.reward_fn = @graph.random()\n", "").replace(
-            "from mlrl.rewards import graph\n", "")  # fmt: skip
+        body = SHAPED.replace("REWARD = @graph.random()\n", "").replace("from mlrl.rewards import graph\n", "")
     path.write_text(body.format(method=method) + SHAPE + teacher + external + judge)
     return path
 
