@@ -1,5 +1,7 @@
 """The benchmarks measure what they say: the sides do the same arithmetic, take turns, and are judged by their goals."""
 
+import json
+import pathlib
 import sys
 
 import jax
@@ -241,3 +243,13 @@ def test_growth_s_groups_of_one_are_an_experiment():
     parts = growth.online.prepare(growth.experiment(growth.TINY["rows"][0]._replace(group=1)))
     rollout = growth.online.stages.abstract_rows(parts)[1]
     assert parts.experiment.group_size == 1 and rollout.tokens.shape[0] == growth.TINY["rows"][0].rows
+
+
+def test_the_table_of_the_readme_is_that_of_the_last_measurement():
+    root = pathlib.Path(door.HERE).parent
+    measured = json.loads((root / "benchmarks" / "results.json").read_text())["cases"]
+    steps = [case for case in measured if case["case"] == "step"]
+    shares = [" | ".join(f"{one['ratios'][other]['ratio']:.2f}" for other in door.ALL) for one in steps]
+    lines = [f"| {one['rows']} | {one['model']} | {share} |" for one, share in zip(steps, shares, strict=True)]
+    said = (root / "README.md").read_text()
+    assert len(lines) == 4 and all(line in said for line in lines)
