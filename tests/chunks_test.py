@@ -104,7 +104,7 @@ def test_nonsense_is_refused(bad):
 
 
 def sums(cache, **changes):
-    sizes = chunks.fastest(micro_batch_rows=(0, 8), score_chunk_columns=(0, 2), turns=1, cache_folder=str(cache))
+    sizes = chunks.fastest(micro_batch_rows=(0, 8, 4), score_chunk_columns=(0, 2), turns=1, cache_folder=str(cache))
     return worlds.sums(**{"num_steps": 4, "evaluations": (), "sizes": sizes, **changes})
 
 
@@ -116,7 +116,7 @@ def trained(folder, experiment, loop=online):
 def test_a_run_measures_and_says_so_and_the_next_takes_it_from_the_cache(tmp_path, monkeypatch):
     first = trained(tmp_path / "a", sums(tmp_path / "cache"))
     said = json.loads((tmp_path / "a" / chunks.FILE).read_text())
-    assert said["from"] == "measured" and len(said["tried"]) == 3
+    assert said["from"] == "measured" and len(said["tried"]) == 4
     assert all(line["seconds"] > 0 for line in said["tried"])
     monkeypatch.setattr(chunks, "search", None)
     second = trained(tmp_path / "b", sums(tmp_path / "cache"))
@@ -186,15 +186,15 @@ def test_a_micro_batch_that_does_not_divide_is_refused_before_compiling():
 
 
 def test_the_other_loops_search_too(tmp_path):
-    sizes = chunks.fastest(micro_batch_rows=(0, 4), turns=1, cache_folder=str(tmp_path))
+    sizes = chunks.fastest(turns=1, cache_folder=str(tmp_path))
     given = worlds.sums()
     stored = offline.Experiment(task=given.task, num_steps=1, model=worlds.TINY, rows_per_step=16, mesh=given.mesh,
                                 rollout_fn=given.rollout_fn, sizes=sizes)  # fmt: skip
     trained(tmp_path / "offline", stored, offline)
     rounds = worlds.round_of_sums(num_rounds=1, sizes=sizes, select_fn=selection.keep_all)
     trained(tmp_path / "iterated", rounds, iterated)
-    for name in ("offline", "iterated"):
-        assert len(json.loads((tmp_path / name / chunks.FILE).read_text())["tried"]) == 2
+    for name, count in (("offline", 4), ("iterated", 3)):
+        assert len(json.loads((tmp_path / name / chunks.FILE).read_text())["tried"]) == count
 
 
 def test_rows_that_are_timed_are_full_and_begin_with_their_prompts():

@@ -21,7 +21,7 @@ def executed(request, tmp_path_factory):
         patch.setenv("PYTHONPATH", str(REPO))
         # One device, and programs that compile fast: they run for two steps.
         patch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-                     "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")  # fmt: skip
+                     "--xla_cpu_use_fusion_emitters=false")  # fmt: skip
         cells = nbformat.read(notebook, as_version=4)
         client = nbclient.NotebookClient(cells, timeout=240, resources={"metadata": {"path": str(notebook.parent)}})
         yield client.execute()  # a cell that fails fails here, with its trace

@@ -9,7 +9,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # place of 7.2. What is given wins, so that both can be tested:
 # XLA_FLAGS="--xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true" make test
 _FLAGS = {"--xla_force_host_platform_device_count": "8", "--xla_backend_optimization_level": "0",
-          "--xla_cpu_use_fusion_emitters": "false", "--xla_cpu_parallel_codegen_split_count": "1"}  # fmt: skip
+          "--xla_cpu_use_fusion_emitters": "false"}  # fmt: skip
 _given = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = " ".join([_given, *(f"{k}={v}" for k, v in _FLAGS.items() if k not in _given)]).strip()
 _CACHE = pathlib.Path(__file__).resolve().parent.parent / ".jax_cache"

@@ -261,23 +261,21 @@ def adapted(method, folder):
     """(experiment, loop) of a method with adapters by an include."""
     path = compose(method, folder)
     path.write_text(path.read_text() + "include 'gin/models/lora.gin'\nLORA_RANK = 4\nBASE_DTYPE = 'bfloat16'\n")
-    experiment, loop = prepared(path)
-    assert (experiment.model.lora_rank, experiment.model.param_dtype) == (4, "bfloat16")
-    return experiment, loop
+    return prepared(path)
 
 
 def deep(folder):
     """(experiment, loop) of a method with a deep model by an include."""
     path = compose("grpo", folder)
     path.write_text(path.read_text() + "include 'gin/models/deep.gin'\ntransformer.Config.layers = 2\n")
-    experiment, loop = prepared(path)
-    assert experiment.model.scanned == (2, 1) and experiment.model.remat.__name__ == "full"
-    return experiment, loop
+    return prepared(path)
 
 
 def test_adapters_and_deep_models_are_chosen_by_an_include(tmp_path):
-    adapted("grpo", tmp_path)
-    deep(tmp_path)
+    model = adapted("grpo", tmp_path)[0].model
+    assert (model.lora_rank, model.param_dtype) == (4, "bfloat16")
+    model = deep(tmp_path)[0].model
+    assert model.scanned == (2, 1) and model.remat.__name__ == "full"
 
 
 @pytest.mark.slow  # loops/lora_runs_test trains adapters

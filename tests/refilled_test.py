@@ -26,7 +26,6 @@ CONFIG = Config(vocabulary_size=V, width=16, layers=2, heads=2, kv_heads=1, head
 NEVER = (V + 1,)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def params_of(config):
     """Perturbed, so that no two logits are close."""
     leaves, structure = jax.tree.flatten(initialize(Transformer(config), jax.random.key(0)))
@@ -100,7 +99,8 @@ def test_models_of_other_kinds(changes, eos_ids):
     given = dict(config=config, weights=params_of(config), eos_ids=eos_ids)
     wanted = sample(generate, **given)
     assert not np.isnan(wanted.behavior_log_probs).any()
-    assert_same_rows(sample(refilled, slots=4, check_every_steps=3, **given), wanted)
+    for k in (1, 4):
+        assert_same_rows(sample(refilled, slots=4, check_every_steps=k, **given), wanted)
     if "windows" in changes:
         plain = sample(generate, **given | dict(config=CONFIG))
         assert (np.asarray(plain.tokens) != np.asarray(wanted.tokens)).any(), "the window makes no difference"

@@ -60,15 +60,17 @@ MADE = {}
 
 
 def together(folder, chosen=(0, 1), *, anew=False, **changes):
-    """Trains seeds by programs that are compiled once for all tests with so many steps to a dispatch, or `anew`."""
+    """Trains seeds by programs that are compiled once for all experiments of which they know no difference, or `anew`.
+    """
     experiments = [sums(seed, **changes) for seed in chosen]
     own = [folder / f"seed_{seed}" for seed in chosen]
-    steps, make = experiments[0].steps_per_dispatch, seeds.programs
-    if anew or steps not in MADE:
-        MADE[steps] = functools.cache(lambda: make([variant], experiments[0].mesh(), "cpu"))
+    same = dataclasses.replace(experiments[0], num_steps=1, recording=runs.Recording(), evaluations=())
+    make = seeds.programs
+    if anew or same not in MADE:
+        MADE[same] = functools.cache(lambda: make([variant], experiments[0].mesh(), "cpu"))
     variant = seeds.Variant(online.prepare(experiments[0]), experiments, own)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(seeds, "programs", lambda *given: MADE[steps]())
+        patch.setattr(seeds, "programs", lambda *given: MADE[same]())
         return seeds.train([variant])
 
 

@@ -15,7 +15,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "1", "JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_PLATFORMS": "cpu"}
 # Devices of the CPU wait for each other in every collective, each in a thread: on a busy machine that takes time.
 os.environ["XLA_FLAGS"] = ("--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-                           "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
+                           "--xla_cpu_use_fusion_emitters=false "
                            "--xla_cpu_collective_call_terminate_timeout_seconds=240")  # fmt: skip
 sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 
