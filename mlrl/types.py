@@ -364,7 +364,7 @@ class Models(NamedTuple):
     score(rollout) -> Scores                           under the current policy
     reference(rollout) -> Scores                       under the frozen reference
     generate_reference(prompts, key) -> Rollout        sampled by the frozen reference
-    reward_models                                      (rollout) -> Scores of each of Experiment.reward_models
+    reward_models[i](rollout) -> values [B,L]          of Experiment.reward_models[i], as in Scores.values
 
     Both samplers sample as the experiment does, one completion of a prompt, unless they are told otherwise:
     generate(prompts, key, sampling=..., rollout_fn=..., group_size=...).
@@ -374,7 +374,7 @@ class Models(NamedTuple):
     score: Callable[[Rollout], Scores]
     reference: Callable[[Rollout], Scores]
     generate_reference: Callable[..., Rollout]
-    reward_models: Sequence[Callable[[Rollout], Scores]] = ()
+    reward_models: Sequence[Callable[[Rollout], Array]] = ()
 
 
 def refusing_models(words: str) -> Models:

@@ -25,8 +25,8 @@ import numpy as np
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from mlrl import scoring  # noqa: E402
 from mlrl.generation import as_rollout, generate  # noqa: E402
+from mlrl.loops import stages  # noqa: E402
 from mlrl.models import norms, pretrained, rope  # noqa: E402
 from mlrl.models.transformer import Config, Transformer, causal_mask, row_positions  # noqa: E402
 from mlrl.rewards import learned  # noqa: E402
@@ -153,7 +153,7 @@ def judged(case: pathlib.Path) -> list[str]:
     rollout = as_rollout(asked, tokens[:, :0], jnp.zeros((rows, 0)), jnp.zeros(rows, jnp.int32),
                          ended=jnp.ones(rows, bool), policy_version=0)  # fmt: skip
     rollout = rollout.replace(action_mask=valid)
-    judge = functools.partial(scoring.score, Transformer(config), params)
+    judge = functools.partial(stages.values_of, Transformer(config), params)
     found = float(np.abs(learned.behind_last_action(judge, rollout) - theirs["scores"]).max())
     early = float(np.abs(learned.before_last_action(judge, rollout) - theirs["scores"]).max())
     wrong = [f"scores differ by {found:.1e}"] * (not found <= TOLERANCE)

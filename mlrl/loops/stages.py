@@ -212,9 +212,16 @@ def models(parts: Parts, state: TrainState) -> Models:
         generate=functools.partial(generated, parts.model, lora.policy(state)),
         score=lambda rollout: asked(parts.model, lora.policy(state), rollout),
         reference=reference, generate_reference=generate_reference,
-        reward_models=tuple(functools.partial(asked, model, params)
+        reward_models=tuple(functools.partial(values_of, model, params)
                             for (_, model), params in zip(parts.reward_models, state.reward_models, strict=True)),
     )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def values_of(model: Transformer, params: Params, rollout: Rollout) -> Array:
+    """Scores.values [B,L] of a model, by a program in which no logits are made; one also where rewards are on the host.
+    """
+    return scoring.score(model, params, rollout).values
 
 
 def abstract_rows(parts: Any) -> tuple[Prompts, Rollout, Rewards]:

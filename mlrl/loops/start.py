@@ -159,7 +159,7 @@ def teacher(*, model: Config, start: StartFn) -> FrozenModel:
 def reward_model(*, model: Config, run_dir: str) -> FrozenModel:
     """A frozen model whose values judge rows: one that another run trained, as by gin/methods/reward_model.gin.
 
-    A reward asks it by `models.reward_models[i](rollout).values`; `rewards.learned.score` is such a reward.
+    A reward asks it by `models.reward_models[i](rollout)`, values [B,L]; `rewards.learned.score` is such a reward.
 
     Args:
       model: its shape, that of the run: with a value head, or a critic. vocabulary_size 0 takes the policy's.

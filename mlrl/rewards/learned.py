@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from mlrl.reductions import row_last
-from mlrl.types import Array, Models, Prompts, Refused, Rollout, Scores
+from mlrl.types import Array, Models, Prompts, Refused, Rollout
 
-Judge = Callable[[Rollout], Scores]
+Judge = Callable[[Rollout], Array]  # rows -> values [B,L]
 ReadFn = Callable[[Judge, Rollout], Array]  # (reward model, rows) -> [B]
 
 
@@ -19,7 +19,7 @@ def before_last_action(judge: Judge, rollout: Rollout) -> Array:
 
     The last action of a row that ended is the EOS. [B] float32, 0 for a row without actions.
     """
-    return row_last(judge(rollout).values, rollout.action_mask)
+    return row_last(judge(rollout), rollout.action_mask)
 
 
 def behind_last_action(judge: Judge, rollout: Rollout) -> Array:
@@ -27,12 +27,12 @@ def behind_last_action(judge: Judge, rollout: Rollout) -> Array:
 
     [B] float32, 0 for a row without actions.
     """
-    b, length = rollout.tokens.shape
+    length = rollout.tokens.shape[1]
     wider = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 1))) if jnp.shape(x)[1:] == (length,) else x, rollout)
     columns = jnp.arange(length + 1)
     behind = jnp.max(jnp.where(wider.action_mask, columns, -2), axis=1, keepdims=True) + 1
     here = columns == behind  # what stands there matters to nothing that is read
-    return row_last(judge(wider.replace(valid=wider.valid | here)).values, here)
+    return row_last(judge(wider.replace(valid=wider.valid | here)), here)
 
 
 def score(models: Models, rollout: Rollout, prompts: Prompts, *, which: int = 0, read: ReadFn = before_last_action,

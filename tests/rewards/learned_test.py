@@ -13,7 +13,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 import reward_worlds  # noqa: E402
 
 from mlrl.rewards import combinators, learned, lift  # noqa: E402
-from mlrl.types import Models, Refused, Scores  # noqa: E402
+from mlrl.types import Models, Refused  # noqa: E402
 
 ROWS = ["abc", "", "abcd"]
 ROLLOUT, PROMPTS = reward_worlds.rollout_of(ROWS), reward_worlds.prompts_of(len(ROWS))
@@ -21,7 +21,7 @@ ROLLOUT, PROMPTS = reward_worlds.rollout_of(ROWS), reward_worlds.prompts_of(len(
 
 def judging(values):
     """A reward model whose values are these [B,L]."""
-    return lambda rollout: Scores(log_probs=(), entropy=(), values=jnp.asarray(values))
+    return lambda rollout: jnp.asarray(values)
 
 
 def columns(scale):
@@ -54,7 +54,7 @@ def test_a_classifier_is_read_behind_the_last_action_also_where_the_row_is_full(
 
     def judge(rollout):
         seen = jnp.where(rollout.valid, rollout.tokens, 0)
-        return Scores(log_probs=(), entropy=(), values=jnp.cumsum(seen, axis=1) - seen)
+        return jnp.cumsum(seen, axis=1) - seen
 
     full = ROLLOUT.tokens[:, : 2 + len(ROWS[2]) + 1]
     cut = jax.tree.map(lambda x: x[:, : full.shape[1]] if np.shape(x)[1:] == ROLLOUT.tokens.shape[1:] else x, ROLLOUT)
