@@ -139,6 +139,12 @@ function range(series, points) {
   return [low === 0 ? 0 : low - margin, high + margin];
 }
 
+// Now and when its width or what is hidden changes.
+function drawsToFit(body, draw) {
+  redraws.push(draw);
+  new ResizeObserver(() => requestAnimationFrame(draw)).observe(body);
+}
+
 let clips = 0;
 function chart(panel) {
   const body = el("div");
@@ -186,8 +192,7 @@ function chart(panel) {
     root.addEventListener("pointerleave", () => { rule.setAttribute("visibility", "hidden"); hideTip(); });
     body.append(root);
   }
-  redraws.push(draw);
-  new ResizeObserver(() => requestAnimationFrame(draw)).observe(body);
+  drawsToFit(body, draw);
   return card;
 }
 
@@ -297,7 +302,7 @@ function histogram(h, study) {
     root.append(svg("text", { x: (left + width - right) / 2, y: height - 3, "text-anchor": "middle" }, "tokens in a completion"));
     body.replaceChildren(root);
   }
-  new ResizeObserver(() => requestAnimationFrame(draw)).observe(body);
+  drawsToFit(body, draw);
   return el("div", { class: "card panel" }, el("h3", {}, data.studies[study].name), keys, body);
 }
 
@@ -404,3 +409,5 @@ page.append(...[
     el("div", { class: "grid" }, data.lengths.map((h, i) => (known(h) ? histogram(h, i) : null)))] : [],
   timeSection(), drawn("Speed"), evaluationSection(), drawn("Everything else"), configSection(),
 ].flat(3).filter(known));
+// A printer or a reader of the page does not wait for a frame.
+redraws.forEach((draw) => draw());
