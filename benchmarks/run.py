@@ -45,7 +45,7 @@ QUICK = tuple(case._replace(others=(BARE,)) for case in CASES
 TINY = (*(Case(name, "tiny", "tiny", ALL) for name in NAMES["full"]), Case("step", "tinytail", "tiny", ALL))
 # What is tried, and the fastest is taken; the first where nothing is tried. In torch, a device is all cores.
 TRIED = {
-    OURS: (Settings(16), Settings(16, 2), Settings(32, 2)),
+    OURS: (Settings(16), Settings(8, 2), Settings(16, 2), Settings(32, 2), Settings(64, 2)),
     BARE: (Settings(16), Settings(16, 2)),
     "TRL": (Settings(16), Settings(32), Settings(64)),
     "tunix": (Settings(16), Settings(64), Settings(64, 2)),
