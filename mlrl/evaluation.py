@@ -16,7 +16,6 @@ from mlrl.models.transformer import Config, Transformer
 from mlrl.rewards.lifting import lift
 from mlrl.sampling import GREEDY, Sampling
 from mlrl.types import (
-    Array,
     Models,
     Params,
     Prompts,
@@ -83,7 +82,7 @@ class Evaluation:
 
     def measure(self, models: Measured) -> Callable[[Params, Params], Results]:
         """(params, reference's) -> results; samplers are compiled at their first use, and once."""
-        measured = _measure(self, models.model, self.rollout(models.rollout_fn))
+        measured = _measure(self, models._replace(rollout_fn=self.rollout(models.rollout_fn)))
         return lambda params, reference: measured(params)
 
     def rollout(self, in_training: RolloutFn) -> RolloutFn:
@@ -95,12 +94,24 @@ class Evaluation:
         return "greedy" + (f" and {self.samples} samples each" if self.samples else "")
 
 
+SampleFn = Callable[[Params, Any], Any]  # (params, prompts) -> what is measured of the rows that were sampled
+
+
+def in_place(sample: SampleFn, rows: Any) -> SampleFn:
+    """Compiles `sample`, for rows of these shapes, where it is called."""
+    return jax.jit(sample)
+
+
 class Measured(NamedTuple):
-    """What evaluations look at: the policy's model, how it samples, and the model of the frozen reference."""
+    """What evaluations look at: the policy's model, how it samples, and the model of the frozen reference.
+
+    `compiled` is what compiles what samples: for the devices of rollouts, if a loop has such.
+    """
 
     model: Transformer
     rollout_fn: RolloutFn
     reference_model: Transformer
+    compiled: Callable[[SampleFn, Any], SampleFn] = in_place
 
 
 class AnyEvaluation(Protocol):
@@ -133,9 +144,10 @@ class Evaluator(NamedTuple):
 
 
 def evaluator(evaluations: Sequence[AnyEvaluation], model: Transformer, rollout_fn: RolloutFn,
-              reference_model: Transformer = Transformer(Config())) -> Evaluator:  # fmt: skip
+              reference_model: Transformer = Transformer(Config()),
+              compiled: Callable[[SampleFn, Any], SampleFn] = in_place) -> Evaluator:  # fmt: skip
     """Binds evaluations to models. Only those that read the frozen reference need its model and parameters."""
-    models = Measured(model, rollout_fn, reference_model)
+    models = Measured(model, rollout_fn, reference_model, compiled)
     measures = [(evaluation, evaluation.measure(models)) for evaluation in evaluations]
 
     def evaluate(params: Params, step: int, last_step: int, reference: Params) -> Results:
@@ -145,19 +157,24 @@ def evaluator(evaluations: Sequence[AnyEvaluation], model: Transformer, rollout_
     return Evaluator(evaluate, lambda step, last: any(e.due(step, last) for e in evaluations))
 
 
-def _measure(evaluation: Evaluation, model: Transformer, rollout_fn: RolloutFn) -> Callable[[Params], Results]:
+def _measure(evaluation: Evaluation, models: Measured) -> Callable[[Params], Results]:
     """params -> results of the task, and of each of its sources if it has several."""
     task, reward = evaluation.task, lift(evaluation.reward_fn)
     batch = prompts.first(task, evaluation.prompts)
 
-    def sampler(sampling: Sampling, samples: int) -> Callable[[Params, Any, Any], Rollout]:
-        def run(params: Params, batch: Prompts, key: Array) -> Rollout:
-            each = prompts.repeat(batch, samples)  # groups of one: a rollout may give a larger group a row of its own
-            return rollout_fn(model, params, each, key, vocabulary=task.vocabulary, sampling=sampling, group_size=1)
+    def sampler(sampling: Sampling, samples: int) -> Callable[[Params], Rollout]:
+        each = prompts.repeat(batch, samples)  # groups of one: a rollout may give a larger group a row of its own
 
-        return jax.jit(run)
+        def run(params: Params, each: Prompts) -> Rollout:
+            key = jax.random.key(evaluation.seed)
+            return models.rollout_fn(models.model, params, each, key, vocabulary=task.vocabulary, sampling=sampling,
+                                     group_size=1)  # fmt: skip
 
-    greedy, sampled = sampler(GREEDY, 1), sampler(evaluation.sampling, max(1, evaluation.samples))
+        sample = models.compiled(run, each)
+        return lambda params: sample(params, each)
+
+    greedy = sampler(GREEDY, 1)
+    sampled = sampler(evaluation.sampling, evaluation.samples) if evaluation.samples else greedy  # or never called
 
     def outcomes(rollout: Rollout, group_size: int) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         """(right [N,k] as 0 or 1, NaN where unscored; answers [N,k]; parts [N,k])."""
@@ -172,9 +189,8 @@ def _measure(evaluation: Evaluation, model: Transformer, rollout_fn: RolloutFn) 
         return correct.reshape(-1, group_size), np.asarray(answers, object).reshape(-1, group_size), parts
 
     def measure(params: Params) -> Results:
-        key = jax.random.key(evaluation.seed)
-        correct, _, parts = outcomes(greedy(params, batch, key), 1)
-        more = outcomes(sampled(params, batch, key), evaluation.samples) if evaluation.samples else ()
+        correct, _, parts = outcomes(greedy(params), 1)
+        more = outcomes(sampled(params), evaluation.samples) if evaluation.samples else ()
         parts = more[2] if more else parts
 
         def results(own: np.ndarray) -> dict[str, dict[str, float]]:

@@ -64,17 +64,21 @@ class AttemptsEvaluation:
         batch = prompts.first(self.task, self.prompts)
 
         def sampler(sampling: Sampling, samples: int) -> Callable[..., tuple[Array, Array]]:
-            def run(params: Params, batch: Prompts, key: Array) -> tuple[Array, Array]:
-                each = prompts.repeat(batch, samples)
+            each = prompts.repeat(batch, samples)
+
+            def run(params: Params, each: Prompts) -> tuple[Array, Array]:
+                key = jax.random.key(self.seed)
                 return pairs(rollout_fn(models.model, params, each, key, vocabulary=self.task.vocabulary,
                                         sampling=sampling, group_size=1))  # fmt: skip
 
-            return jax.jit(run)
+            sample = models.compiled(run, each)
+            return lambda params: sample(params, each)
 
-        greedy, sampled = sampler(GREEDY, 1), sampler(self.sampling, max(1, self.samples))
+        greedy = sampler(GREEDY, 1)
+        sampled = sampler(self.sampling, self.samples) if self.samples else greedy  # or never called
 
         def found(sample: Callable, params: Params, each: int, prefix: str) -> dict[str, dict[str, float]]:
-            right, same = processes.on_host(sample(params, batch, jax.random.key(self.seed)))
+            right, same = processes.on_host(sample(params))
             right, same = np.asarray(right).reshape(-1, each, 2), np.asarray(same).reshape(-1, each)
             results = correction.statistics(right[..., 0], right[..., 1])
             results |= {"unchanged": interval(same.mean(axis=1))}

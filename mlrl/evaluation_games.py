@@ -54,8 +54,8 @@ class Match:
         """(params, reference's) -> shares won, drawn, lost and broken by an own move; payoff, of each seat too."""
         batch = prompts.first(self.task, self.prompts)
 
-        @jax.jit
-        def played(params: Params, batch: Prompts, key: Array) -> dict[str, Array]:
+        def play(params: Params, batch: Prompts) -> dict[str, Array]:
+            key = jax.random.key(self.seed)
             rows = self.rollout_fn(models.model, params, batch, key, vocabulary=self.task.vocabulary,
                                    sampling=self.sampling, group_size=1)  # fmt: skip
             if isinstance(rows.earned, tuple) or "invalid" not in rows.facts:
@@ -64,9 +64,10 @@ class Match:
             return {"payoff": jnp.where(rows.action_mask.any(axis=1), payoff, jnp.nan), "role": rows.role,
                     "invalid": rows.facts["invalid"]}  # fmt: skip
 
+        played = models.compiled(play, batch)
         return lambda params, reference: {
             self.task.name: match_statistics(
-                **processes.on_host(played(params, batch, jax.random.key(self.seed))))
+                **processes.on_host(played(params, batch)))
         }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from mlrl import checkpoints, folders, meshes, monitoring, processes, profiling, writers
 from mlrl.costs.work import Cost
-from mlrl.evaluation import Evaluator, Results, evaluator
+from mlrl.evaluation import Evaluator, Results
 from mlrl.models import lora
 from mlrl.types import Batch, Metrics, Refused, Task, TrainState, require_whole
 
@@ -367,7 +367,7 @@ def evaluate_run(folder: str | pathlib.Path, experiment: Any, loop: Any, *, task
     with meshes.use(experiment.mesh()) as mesh:
         state = last_state(folder, loop.abstract_state(parts), mesh)
         step = int(state.step)
-        evaluate = evaluator(evaluations, parts.model, experiment.rollout_fn, parts.reference_model)
+        evaluate = loop.evaluator(parts, evaluations)
         results = evaluate(lora.policy(state), step, step, lora.reference(state))
     if processes.is_first():
         write_results(folder, step, results)

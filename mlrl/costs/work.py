@@ -30,6 +30,7 @@ class Work(NamedTuple):
 
 
 Phases = dict[str, Work]
+EVALUATION = "evaluation"  # what the names of programs that only measure begin with
 
 
 class Cost(NamedTuple):
@@ -109,12 +110,13 @@ def phases(parts: Any, name: str, products: Products, arguments: tuple[Any, ...]
     length; a rollout passes through the weights once before (the prefill), and an update three times a micro-batch.
     """
     found: Phases = {}
-    passes, steps = (1, 0) if name in ("rollout", "annotate") else _of_update(parts, name)
-    rest = {"rollout": "prefill", "step": "the rest"}.get(name, name)
+    measures = name.startswith(EVALUATION)
+    passes, steps = (1, 0) if measures or name in ("rollout", "annotate") else _of_update(parts, name)
+    rest = "prefill" if measures else {"rollout": "prefill", "step": "the rest"}.get(name, name)
     found[rest] = Work(products.outside, passes, 0.0, steps)
     if products.turns and isinstance(arguments[1], Prompts):
         n, width = arguments[1].tokens.shape
-        rows, columns = n * parts.experiment.group_size, width + products.turns + 1
+        rows, columns = n * (1 if measures else parts.experiment.group_size), width + products.turns + 1
         caches = cache_bytes(parts.model.config, rows, columns)
         found["decode"] = Work(products.inside, products.turns, float(products.turns * caches))
     return found

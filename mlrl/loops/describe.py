@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from mlrl import meshes
 from mlrl import prompts as prompts_lib
-from mlrl.axes import divided
 from mlrl.evaluation import completions
 from mlrl.loops import checks
 from mlrl.models.transformer import Config, cache_bytes
@@ -102,17 +101,9 @@ def the_evaluations(experiment: Any) -> str:
     """What is measured, and when."""
     if not experiment.evaluations:
         return "none: set Experiment.evaluations to measure held-out prompts"
-    mesh = checks.meshes_of(experiment)[0]
-    shards = meshes.row_shards(mesh)
-
-    def split(prompts: int) -> str:
-        parts = math.prod(mesh.shape[axis] for axis in divided("rows", prompts, mesh))
-        return "" if parts == shards else (f"; {prompts} do not divide over the {shards} devices that rows are split "
-                                           f"over, and are cut into {parts}")  # fmt: skip
-
     return "; ".join(
         f"{e.task.name}: {e.prompts} prompts, {e.words()}"
-        + (f", every {e.every_steps} steps" if e.every_steps else ", before and after") + split(e.prompts)
+        + (f", every {e.every_steps} steps" if e.every_steps else ", before and after")
         for e in experiment.evaluations
     )
 

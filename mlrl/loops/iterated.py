@@ -27,9 +27,10 @@ from mlrl import (
 from mlrl import prompts as prompts_lib
 from mlrl.batches import unannotated
 from mlrl.controllers import Controlled
-from mlrl.evaluation import Evaluation, evaluator
+from mlrl.evaluation import Evaluation
 from mlrl.loops import checks, configurations, pool, rounds, sizing, stages
 from mlrl.loops import describe as describe_
+from mlrl.loops.stages import evaluator
 from mlrl.loops.start import FrozenModel, StartFn, own_start, random_parameters
 from mlrl.loops.states import Program, abstract_state, initial_state
 from mlrl.losses.supervised import next_token
@@ -141,7 +142,7 @@ def train(experiment: Experiment, run: runs.Run) -> TrainState:
     with meshes.use(experiment.mesh()) as mesh:
         parts = sizing.settled(parts, run.folder, _whole(parts), lambda parts: programs(parts)["update"])
         state = run.restore_or(abstract_state(parts), lambda: initial_state(parts), mesh)
-        evaluate = evaluator(experiment.evaluations, parts.model, experiment.rollout_fn, parts.reference_model)
+        evaluate = evaluator(parts, experiment.evaluations)
         play = round_function(parts, run)
         run.begin(experiment.task, experiment.num_rounds, evaluate, state)
         for round_number in range(int(state.step), experiment.num_rounds):

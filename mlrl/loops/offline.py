@@ -16,9 +16,10 @@ import optax
 from mlrl import chunks, controllers, meshes, optimizers, reductions, runs, scoring, stored
 from mlrl.controllers import Controlled
 from mlrl.costs.work import of_step
-from mlrl.evaluation import AnyEvaluation, Results, evaluator
+from mlrl.evaluation import AnyEvaluation, Results
 from mlrl.loops import checks, sizing, stages
 from mlrl.loops import describe as describe_
+from mlrl.loops.stages import evaluator
 from mlrl.loops.start import FrozenModel, StartFn, own_start, random_parameters
 from mlrl.loops.states import Program, abstract_state, initial_state
 from mlrl.losses.supervised import next_token
@@ -131,7 +132,7 @@ def train(experiment: Experiment, run: runs.Run) -> TrainState:
     with meshes.use(experiment.mesh()) as mesh:
         parts = sizing.settled(parts, run.folder, _whole(parts), lambda parts: programs(parts)["update"])
         state = run.restore_or(abstract_state(parts), lambda: initial_state(parts), mesh)
-        evaluate = evaluator(experiment.evaluations, parts.model, experiment.rollout_fn, parts.reference_model)
+        evaluate = evaluator(parts, experiment.evaluations)
         next_rows, take_step = row_source(parts), jitted(parts)["update"]
         cost = lambda: of_step(parts, programs(parts))  # noqa: E731
         if experiment.stop(run.begin(experiment.task, experiment.num_steps, evaluate, state, cost)):

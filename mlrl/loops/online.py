@@ -28,9 +28,10 @@ from mlrl import prompts as prompts_lib
 from mlrl.batches import unannotated
 from mlrl.controllers import Controlled
 from mlrl.costs.work import of_step
-from mlrl.evaluation import AnyEvaluation, evaluator
+from mlrl.evaluation import AnyEvaluation
 from mlrl.loops import checks, dispatch, pipeline, refill, sizing, stages, states
 from mlrl.loops import describe as describe_
+from mlrl.loops.stages import evaluator
 from mlrl.loops.start import FrozenModel, StartFn, own_start, random_parameters
 from mlrl.loops.states import Program, initial_state
 from mlrl.models import lora
@@ -176,7 +177,7 @@ def train(experiment: Experiment, run: runs.Run) -> TrainState:
         compiled, next_prompts = jitted(parts), prompt_source(parts)
         take_step, first = step_function(parts, run, compiled), functools.partial(first_state, parts, compiled)
         state = run.restore_or(abstract_state(parts), first, mesh)
-        evaluate = evaluator(experiment.evaluations, parts.model, experiment.rollout_fn, parts.reference_model)
+        evaluate = evaluator(parts, experiment.evaluations)
         each = experiment.steps_per_dispatch
         dispatch.can_start(int(state.step), each)
         run.begin(experiment.task, experiment.num_steps, evaluate, state, lambda: of_step(parts, programs(parts)))

@@ -16,7 +16,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlrl import chunks, meshes, runs
-from mlrl.evaluation import evaluator
 from mlrl.loops import dispatch, merged, online, stages
 from mlrl.loops.states import abstract_state, initial_state
 from mlrl.types import Array, Batch, Metrics, Refused, TrainState, require_whole
@@ -135,7 +134,7 @@ def _begin(variants: Sequence[Variant], opened: Sequence[runs.Run], states: Sequ
     for variant in variants:
         parts, experiment = variant.parts, variant.parts.experiment
         with variant.bound():
-            evaluate = evaluator(experiment.evaluations, parts.model, experiment.rollout_fn, parts.reference_model)
+            evaluate = stages.evaluator(parts, experiment.evaluations)
             for own, (run, state) in zip(variant.experiments, rest):
                 run.begin(own.task, experiment.num_steps, evaluate, state)
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from mlrl import controllers, meshes, scoring
+from mlrl import controllers, evaluation, meshes, scoring
 from mlrl import prompts as prompts_lib
+from mlrl.costs import work
+from mlrl.evaluation import AnyEvaluation, Evaluator, SampleFn
 from mlrl.loops import checks, configurations
 from mlrl.loops.states import Parts, Program, abstract_state, reads_reference
 from mlrl.models import lora
@@ -63,31 +65,96 @@ def sampler(parts: Parts, sample: Callable[..., Rollout]) -> Callable[..., Rollo
     Where the two differ, parameters and prompts are moved there first, the parameters in the dtype of products, and
     rows come back; see `meshes.mover`.
     """
-    program = jax.jit(functools.partial(sample, parts))
+    given = functools.partial(sample, parts), functools.partial(acting, parts), meshes.state_shardings
+    return _on_mesh_of_rollouts(parts, *given, abstract_state(parts), abstract_rows(parts)[0])
+
+
+def _on_mesh_of_rollouts(parts: Any, sample: Callable, narrow: Callable, shardings: Callable, held: Any,
+                         rows: Any) -> Callable:  # fmt: skip
+    """sample(held, rows, *more), compiled for where rollouts are and called where the update is.
+
+    Args:
+      narrow: held -> what is left of it to be moved.
+      shardings: (what is left, mesh) -> where it lives.
+      held, rows: shapes of what `sample` is called with; what it is called with more is not moved.
+    """
+    program = jax.jit(sample)
     here, there = checks.meshes_of(parts.experiment)
     if there == here:
         return program
-    state, (prompts, rollout, _) = acting(parts, abstract_state(parts)), abstract_rows(parts)
-    places = lambda mesh: (meshes.state_shardings(state, mesh), meshes.row_shardings(prompts, mesh))  # noqa: E731
-    go, narrow = meshes.mover(places(here), places(there)), jax.jit(functools.partial(acting, parts))
-    back = meshes.mover(*(meshes.row_shardings(rollout, mesh) for mesh in (there, here)))
+    held = narrow(held)
+    with meshes.use(there):
+        sampled = jax.eval_shape(sample, held, rows)
+    places = lambda mesh: (shardings(held, mesh), meshes.row_shardings(rows, mesh))  # noqa: E731
+    go, narrow = meshes.mover(places(here), places(there)), jax.jit(narrow)
+    back = meshes.mover(*(meshes.row_shardings(sampled, mesh) for mesh in (there, here)))
 
-    def on_other_mesh(state: TrainState, prompts: Prompts, *more: Any) -> Rollout:
-        moved = go((narrow(state), prompts))
+    def on_other_mesh(held: Any, rows: Any, *more: Any) -> Any:
+        moved = go((narrow(held), rows))
         with meshes.use(there):
-            rollout = program(*moved, *more)
-        return back(rollout)
+            sampled = program(*moved, *more)
+        return back(sampled)
 
     return on_other_mesh
 
 
+def evaluator(parts: Any, evaluations: Sequence[AnyEvaluation]) -> Evaluator:
+    """What measures these evaluations of an experiment's policy. They sample where rollouts do, and as they do: their
+    rows are split over the devices, and filled up with copies of the last one until they divide.
+    """
+    policy = lora.policy(abstract_state(parts))
+
+    def compiled(sample: SampleFn, rows: Any) -> SampleFn:
+        return _on_mesh_of_rollouts(parts, _split(parts, sample), functools.partial(_narrowed, parts),
+                                    meshes.parameter_shardings, policy, rows)  # fmt: skip
+
+    experiment = parts.experiment
+    return evaluation.evaluator(evaluations, parts.model, experiment.rollout_fn, parts.reference_model, compiled)
+
+
+def evaluations(parts: Any) -> dict[str, Program]:
+    """The programs by which the evaluations of an experiment sample, each under a name of its own."""
+    experiment, state, found = parts.experiment, abstract_state(parts), {}
+
+    def noted(task: str, sample: SampleFn, rows: Any) -> SampleFn:
+        split, shapes = _split(parts, sample), jax.eval_shape(lambda: rows)
+        of_state = lambda parts, state, rows: split(lora.policy(state), rows)  # noqa: E731
+        count = jax.tree.leaves(rows)[0].shape[0]
+        found[f"{work.EVALUATION} of {task}, {count} rows"] = sampling(parts, of_state, state, shapes)
+        return sample
+
+    for one in experiment.evaluations:
+        one.measure(evaluation.Measured(parts.model, experiment.rollout_fn, parts.reference_model,
+                                        functools.partial(noted, one.task.name)))  # fmt: skip
+    return found
+
+
+def _split(parts: Any, sample: SampleFn) -> SampleFn:
+    """`sample`, whose rows are split over the devices of rollouts."""
+    shards = meshes.row_shards(checks.meshes_of(parts.experiment)[1])
+
+    def split(params: Params, rows: Any) -> Any:
+        count = jax.tree.leaves(rows)[0].shape[0]
+        more = -count % shards
+        filled = jax.tree.map(lambda x: jnp.concatenate([x, x[-1:].repeat(more, axis=0)]), rows)
+        sampled = meshes.split_rows(sample(params, meshes.split_rows(filled)))
+        own = lambda x: x[: x.shape[0] * count // (count + more)]  # noqa: E731  a prompt may have made several rows
+        return jax.tree.map(own, sampled)
+
+    return sample if shards == 1 else split
+
+
+def _narrowed(parts: Any, params: Params) -> Params:
+    """Parameters, or their shapes, in the dtype of products."""
+    narrow = functools.partial(as_multiplied, dtype=jnp.dtype(parts.model.config.dtype))
+    abstract = isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct)
+    return jax.eval_shape(narrow, params) if abstract else narrow(params)
+
+
 def acting(parts: Any, state: TrainState) -> TrainState:
     """What a rollout on another mesh needs of the state."""
-    narrow = functools.partial(as_multiplied, dtype=jnp.dtype(parts.model.config.dtype))
     state = state.replace(opt_state=(), reference=(), reward_models=())
-    held = {"params": state.params, "frozen": state.frozen}
-    abstract = isinstance(jax.tree.leaves(state.params)[0], jax.ShapeDtypeStruct)
-    return state.replace(**(jax.eval_shape(narrow, held) if abstract else narrow(held)))
+    return state.replace(**_narrowed(parts, {"params": state.params, "frozen": state.frozen}))
 
 
 def sampling(parts: Any, sample: Callable[..., Rollout], state: TrainState, *rows: Any) -> Program:

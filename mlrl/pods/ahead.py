@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mlrl import meshes
 from mlrl.costs import flops, work
 from mlrl.costs.chips import Chip, chip_of
+from mlrl.loops import stages
 from mlrl.loops.states import Program
 from mlrl.pods import topologies
 from mlrl.pods.collectives import traffic
@@ -52,14 +53,15 @@ def compile_all(loop: Any, parts: Any, topology: str, results: pathlib.Path) -> 
                       "them (set meshes.mesh.devices = 0), or name a topology of its size")  # fmt: skip
     programs = loop.programs(parts)
     runs = work.runs(parts, programs)
+    programs |= stages.evaluations(parts)  # which are of no step
     unit = "round" if hasattr(parts.experiment, "num_rounds") else "step"
     done = {line["program"] for line in read(results)}
     with results.open("a") as file:
         for name, program in programs.items():
             if name in done:
                 continue
-            about = {"program": name, "unit": unit, "runs": runs[name], "kind": kind, "chips": devices // chip.devices,
-                     "mesh": dict(program.mesh.shape)}  # fmt: skip
+            about = {"program": name, "unit": unit, "runs": runs.get(name, 0), "kind": kind,
+                     "chips": devices // chip.devices, "mesh": dict(program.mesh.shape)}  # fmt: skip
             print(json.dumps(about), file=file, flush=True)
             result = compiled(name, program, parts, chip)
             print(json.dumps(about | result), file=file, flush=True)

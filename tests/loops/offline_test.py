@@ -93,7 +93,7 @@ def test_labelled_steps_teach_a_process_reward_model():
     rows = jax.jit(lambda: offline._rows(parts, state.key, 0))()
     after, metrics, _ = jax.jit(functools.partial(offline.learn, parts))(state, rows)
     assert float(metrics["loss/reward_model"]) == pytest.approx(np.log(2), abs=0.2) and metrics["grad_norm"] > 0
-    evaluate = offline.evaluator(experiment.evaluations, parts.model, worlds.ROLLOUT, parts.reference_model)
+    evaluate = offline.evaluator(parts, experiment.evaluations)
     assert evaluate(after.params, 0, 1)[chains.name]["accuracy"]["prompts"] == 16
 
 

@@ -4,7 +4,6 @@ import functools
 import json
 import pathlib
 import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ import worlds  # noqa: E402
 
 from mlrl import meshes, optimizers, runs, scoring  # noqa: E402
 from mlrl.costs.work import of_step  # noqa: E402
-from mlrl.loops import describe, online, stages  # noqa: E402
+from mlrl.loops import online, stages  # noqa: E402
 from mlrl.losses import policy, regularizers, values  # noqa: E402
 from mlrl.models.transformer import Config  # noqa: E402
 from mlrl.rewards import graph  # noqa: E402
@@ -207,15 +206,6 @@ def test_the_description_says_what_a_step_is():
     assert "arithmetic 1" in text  # the reward of a demonstration
     assert "the policy that sampled is 1, so that nothing is clipped" in online.describe(
         online.prepare(worlds.sums(minibatches=1)))  # fmt: skip
-
-
-def test_an_evaluation_that_devices_do_not_divide_is_described_so():
-    of = lambda prompts: types.SimpleNamespace(prompts=prompts, every_steps=0, words=lambda: "greedy",  # noqa: E731
-                                               task=types.SimpleNamespace(name="held_out"))  # fmt: skip
-    experiment = types.SimpleNamespace(mesh=lambda: meshes.mesh(data=2, fsdp=4), evaluations=(of(16), of(6)))
-    told, untold = describe.the_evaluations(experiment).split("; held_out: ")[::-1]
-    assert "6 do not divide over the 8 devices that rows are split over, and are cut into 2" in told
-    assert "divide" not in untold
 
 
 def test_a_reward_that_turns_nan_in_the_run_stops_it(tmp_path):

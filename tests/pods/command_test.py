@@ -106,9 +106,9 @@ class Update:
         return {"update": online.programs(parts)["update"]}
 
 
-def compile_on(tmp_path, name, loop=online, **axes):
+def compile_on(tmp_path, name, loop=online, evaluations=(), **axes):
     """Results by program, and the state's bytes, of tiny programs on the 8 CPU devices as if they were a v5e:2x4."""
-    experiment = worlds.sums(reward_fn=worlds.first_digit, minibatches=1, evaluations=(),
+    experiment = worlds.sums(reward_fn=worlds.first_digit, minibatches=1, evaluations=evaluations,
                              mesh=functools.partial(meshes.mesh, **axes))  # fmt: skip
     with meshes.on(jax.devices()[:8]):
         parts = online.prepare(experiment)
@@ -119,7 +119,11 @@ def compile_on(tmp_path, name, loop=online, **axes):
 
 
 def test_programs_are_compiled_for_the_whole_mesh(tmp_path):
-    found, params, moments = compile_on(tmp_path, "data")
+    found, params, moments = compile_on(tmp_path, "data", evaluations=(worlds.EVALUATION,))
+    measures = [name for name in found if name not in ("rollout", "update")]
+    assert measures == ["evaluation of held_out, 8 rows", "evaluation of held_out, 16 rows"]
+    for name in measures:  # of no step
+        assert found[name]["runs"] == 0 and found[name]["predicted_phases"].keys() == {"prefill", "decode"}
     update, rollout = found["update"], found["rollout"]
     assert update["chips"] == 8 and update["mesh"]["data"] == 8
     assert update["arguments_bytes"] == pytest.approx(params + moments, rel=0.1)  # a whole copy on each, and rows
