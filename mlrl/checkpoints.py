@@ -123,7 +123,7 @@ def save(manager: Manager, step: int, state: TrainState, metrics: Mapping[str, f
     state = jax.tree.map(_as_array, state)
     args = ocp.args.Composite(**{
         _STATE: ocp.args.StandardSave(state),
-        _LEAVES: ocp.args.JsonSave({"leaves": [_described(*item, checksum=True) for item in _leaves(state)]}),
+        _LEAVES: ocp.args.JsonSave(_signed([_described(*item, checksum=True) for item in _leaves(state)])),
     })  # fmt: skip
     name = manager.best_metric
     quality = metrics.get(name, metrics.get(f"eval/{name}", math.nan)) if name else math.nan
@@ -163,7 +163,7 @@ def restore(manager: Manager, template: TrainState, *, step: int = -1) -> TrainS
         reason = ""
         try:
             saved = manager.orbax.restore(candidate, args=ocp.args.Composite(**{_LEAVES: ocp.args.JsonRestore()}))
-            leaves = saved[_LEAVES]["leaves"]
+            leaves = _as_signed(saved[_LEAVES])
             _require_same_leaves(leaves, template, f"{manager.folder}/{candidate}")
             args = ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(template)})
             state = manager.orbax.restore(candidate, args=args)[_STATE]
@@ -206,8 +206,7 @@ def restore_params(folder: str | os.PathLike, template: Any) -> Any:
             restored = checkpointer.restore(path / _STATE, args=args)
         _require_checksums(named, restored)
     except Exception as error:
-        raise Refused(f"checkpoint {path} is damaged ({_said(error)}): `mlrl train` on its run sets it aside and "
-                      "goes on from the one before") from error  # fmt: skip
+        raise _damaged(path, error) from error
     return lora.join(restored["frozen"], restored["params"])
 
 
@@ -231,7 +230,10 @@ def _last_saved(folder: str | os.PathLike) -> tuple[pathlib.Path, list[dict[str,
     if step is None:
         raise Refused(f"{folder} holds no complete checkpoint: train that run first, or name another")
     path = pathlib.Path(folder).absolute() / str(step)
-    return path, json.loads((path / _LEAVES / "metadata").read_text())["leaves"]
+    try:
+        return path, _as_signed(json.loads((path / _LEAVES / "metadata").read_text()))
+    except Exception as error:
+        raise _damaged(path, error) from error
 
 
 def latest_step(folder: str | os.PathLike) -> int | None:
@@ -309,6 +311,24 @@ def _placed(leaf: Any) -> Any:
         return leaf
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _signed(leaves: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is said of the leaves, with a sum of its own: a damaged name looks like another configuration."""
+    return {"leaves": leaves, "crc32": zlib.crc32(json.dumps(leaves, sort_keys=True).encode())}
+
+
+def _as_signed(saved: dict[str, Any]) -> list[dict[str, Any]]:
+    """The leaves of `_signed`. Raises ValueError if they are not what was saved."""
+    if "crc32" in saved and saved != _signed(saved["leaves"]):  # checkpoints of before have no sum
+        raise ValueError("the names, shapes and sums of its arrays are not what was saved")
+    return saved["leaves"]
+
+
+def _damaged(path: pathlib.Path, error: Exception) -> Refused:
+    """For whoever cannot go on from the checkpoint before."""
+    return Refused(f"checkpoint {path} is damaged ({_said(error)}): `mlrl train` on its run sets it aside and goes on "
+                   "from the one before")  # fmt: skip
 
 
 def _described(path: str, leaf: Any, *, checksum: bool = False) -> dict[str, Any]:

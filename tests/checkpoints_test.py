@@ -175,7 +175,7 @@ def largest_file(folder):
     return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
 
-@pytest.mark.parametrize("damage", ["flip", "remove", "truncate"])
+@pytest.mark.parametrize("damage", ["flip", "remove", "truncate", "name"])
 def test_a_damaged_step_is_passed_over(tmp_path, caplog, damage):
     state = make_state(2).replace(params={"w": jax.random.normal(jax.random.key(0), (128, 128))})
     manager = checkpoints.open_manager(tmp_path / "c")
@@ -187,6 +187,9 @@ def test_a_damaged_step_is_passed_over(tmp_path, caplog, damage):
     if damage == "flip":
         content[len(content) // 2] ^= 4
         victim.write_bytes(content)
+    elif damage == "name":  # a bit of it, with which the step looks like one of another configuration
+        victim = tmp_path / "c" / "2" / "leaves" / "metadata"
+        victim.write_text(victim.read_text().replace("params", "parals"))
     elif damage == "truncate":
         victim.write_bytes(content[: len(content) // 2])
     else:
@@ -220,7 +223,7 @@ def test_damaged_metrics_cost_a_step_its_rank_and_nothing_else(tmp_path, caplog,
     assert checkpoints.latest_step(tmp_path / "c") == 3
 
 
-@pytest.mark.parametrize("damage", ["flip", "remove"])
+@pytest.mark.parametrize("damage", ["flip", "remove", "name"])
 def test_damaged_parameters_are_refused(tmp_path, damage):
     """They are read alone for another run, and for an export."""
     state = make_state(2).replace(params={"w": jax.random.normal(jax.random.key(0), (128, 128))}, opt_state=())
@@ -232,7 +235,10 @@ def test_damaged_parameters_are_refused(tmp_path, damage):
     victim = largest_file(tmp_path / "c" / "1" / "state")
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 4
-    victim.write_bytes(content) if damage == "flip" else victim.unlink()
+    if damage == "name":
+        victim = tmp_path / "c" / "1" / "leaves" / "metadata"
+        content = victim.read_bytes().replace(b"params", b"parals")
+    victim.unlink() if damage == "remove" else victim.write_bytes(content)
     with pytest.raises(Refused, match="c/1 is damaged .*: `mlrl train` on its run sets it aside"):
         checkpoints.restore_params(tmp_path / "c", wanted)
 

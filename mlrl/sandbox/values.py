@@ -85,12 +85,18 @@ def _plain(tree, depth):
 
 
 def is_literal(text):
-    """Whether a text of Python is made of literals, signs and displays alone: no name, call, operation or attribute."""
+    """Whether a text of Python is made of literals, signs and displays alone, no name, call, operation or attribute, and
+    has a value: not so -[1] and {[1]}, of which only Python's grammar has nothing to say.
+    """
     allowed = (ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.UnaryOp, ast.USub, ast.UAdd,
                ast.Load)  # fmt: skip
     if len(text) > 10_000:  # the parser's memory grows with its nesting
         return False
     try:
-        return all(isinstance(node, allowed) for node in ast.walk(ast.parse(text, mode="eval")))
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        tree = ast.parse(text, mode="eval")
+        if not all(isinstance(node, allowed) for node in ast.walk(tree)):
+            return False
+        ast.literal_eval(tree)
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         return False
+    return True
