@@ -123,7 +123,8 @@ def _program(r: Result) -> list[str]:
         "compiled": f"in {r['compile_seconds']:.1f} s ({r['compile_cpu_seconds']:.1f} s of a core), after "
                     f"{r['trace_seconds']:.1f} s of tracing",
     }  # fmt: skip
-    return [f"{r['program'] if i == 0 else '':<12} {name:<10} {line}" for i, (name, line) in enumerate(lines.items())]
+    title, name = ([r["program"]], "") if len(r["program"]) > 12 else ([], r["program"])
+    return title + [f"{'' if i else name:<12} {part:<10} {line}" for i, (part, line) in enumerate(lines.items())]
 
 
 def in_bytes(count: float) -> str:
