@@ -85,8 +85,8 @@ def _plain(tree, depth):
 
 
 def is_literal(text):
-    """Whether a text of Python is made of literals, signs and displays alone, no name, call, operation or attribute, and
-    has a value: not so -[1] and {[1]}, of which only Python's grammar has nothing to say.
+    """Whether a text of Python is made of literals, signs and displays alone, without names, calls and operations, and
+    has a value: -[1] and {[1]}, which only the grammar lets pass, have none.
     """
     allowed = (ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.UnaryOp, ast.USub, ast.UAdd,
                ast.Load)  # fmt: skip
