@@ -14,15 +14,20 @@ def compiled_once():
     """Online runs that differ in their length, records and evaluations alone, of which programs know nothing, share
     what is compiled. Not for tests that count compilations of experiments that others run too.
     """
-    made, make = {}, online.jitted
+    shared = functools.partial(dataclasses.replace, num_steps=1, recording=runs.Recording())
 
-    def jitted(parts):
-        same = dataclasses.replace(parts.experiment, num_steps=1, recording=runs.Recording(), evaluations=())
-        if same not in made:
-            made[same] = make(parts)
-        return made[same]
+    def once(make, same):
+        made = {}
+
+        def kept(parts, *more):
+            key = (same(parts.experiment), *more)
+            if key not in made:
+                made[key] = make(parts, *more)
+            return made[key]
+
+        return kept
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(online, "jitted", jitted)
-        patch.setattr(online, "evaluator", functools.cache(online.evaluator))
+        patch.setattr(online, "jitted", once(online.jitted, functools.partial(shared, evaluations=())))
+        patch.setattr(online, "evaluator", once(online.evaluator, shared))
         yield
