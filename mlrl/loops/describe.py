@@ -75,11 +75,12 @@ def the_model(config: Config, state: TrainState) -> str:
             f"{config.kv_heads} of keys and values, {head}{value}), computing in {config.dtype}{how}")  # fmt: skip
 
 
-def the_memory(config: Config, state: TrainState, *, rows: int, columns: int, scored: int, update_rows: int,
-               vocabulary_size: int) -> str:  # fmt: skip
+def the_memory(experiment: Any, config: Config, state: TrainState, *, rows: int, columns: int, scored: int,
+               update_rows: int) -> str:  # fmt: skip
     """The large arrays, per device if there is one; an estimate by formula, not what the compiler will allocate."""
-    cache = cache_bytes(config, rows, columns)
-    logits = update_rows * scored * vocabulary_size * 4
+    cache, vocabulary_size = cache_bytes(config, rows, columns), config.vocabulary_size
+    at_once = min(scored, experiment.score_chunk_columns or scored)
+    logits = update_rows * at_once * min(vocabulary_size, experiment.score_chunk_vocabulary or vocabulary_size) * 4
     named = "parameters, the critic's among them" if config.critic_layers else "parameters"
     parts = {
         named: size(state.params), "frozen parameters": size(state.frozen), "optimizer": size(state.opt_state),

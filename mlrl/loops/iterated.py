@@ -324,8 +324,8 @@ def describe(parts: Parts) -> str:
                  f"{experiment.num_rounds * n / sum(task.sizes):.2f} epochs of {sum(task.sizes):,} prompts",
         "model": describe_.the_model(parts.model.config, state),
         "memory": describe_.the_memory(
-            parts.model.config, state, rows=experiment.prompts_per_step * g, columns=columns, scored=columns - width,
-            update_rows=experiment.micro_batch_rows or each, vocabulary_size=parts.model.config.vocabulary_size,
+            experiment, parts.model.config, state, rows=experiment.prompts_per_step * g, columns=columns,
+            scored=columns - width, update_rows=experiment.micro_batch_rows or each,
         ) + f"; {describe_.the_meshes(experiment)}",
         "compiled": "the rollout, the annotation, the selection and the update; two samplers for each evaluation",
         "evaluated": describe_.the_evaluations(experiment).replace("steps", "rounds"),

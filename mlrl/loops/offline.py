@@ -294,9 +294,8 @@ def describe(parts: Parts) -> str:
                  f"{experiment.num_steps * prompts / sum(task.sizes):.2f} epochs of {sum(task.sizes):,} prompts",
         "model": describe_.the_model(parts.model.config, state),
         "memory": describe_.the_memory(
-            parts.model.config, state, rows=0, columns=columns, scored=columns,
+            experiment, parts.model.config, state, rows=0, columns=columns, scored=columns,
             update_rows=experiment.micro_batch_rows or rows // experiment.minibatches,
-            vocabulary_size=parts.model.config.vocabulary_size,
         ) + f"; {describe_.the_meshes(experiment)}",
         "compiled": "the update; two samplers for each evaluation",
         "evaluated": describe_.the_evaluations(experiment),

@@ -460,9 +460,8 @@ def describe(parts: Parts) -> str:
                  f"{experiment.num_steps * n / sum(task.sizes):.2f} epochs of {sum(task.sizes):,} prompts",
         "model": describe_.the_model(parts.model.config, state),
         "memory": describe_.the_memory(
-            parts.model.config, state, rows=rows, columns=columns, scored=columns - width,
+            experiment, parts.model.config, state, rows=rows, columns=columns, scored=columns - width,
             update_rows=experiment.micro_batch_rows or rows // experiment.minibatches,
-            vocabulary_size=parts.model.config.vocabulary_size,
         ) + f"; {describe_.the_meshes(experiment)}",
         "annotated": ", ".join(["old log-probs", *(name.removeprefix("Batch.") for name in reads)]),
         "compiled": programs + "; two samplers for each evaluation" * bool(experiment.evaluations),

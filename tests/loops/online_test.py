@@ -1,5 +1,6 @@
 """The online loop: it learns, a control does not, and it stops, shards and compiles as it says."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -16,7 +17,7 @@ import worlds  # noqa: E402
 
 from mlrl import meshes, optimizers, runs, scoring  # noqa: E402
 from mlrl.costs.work import of_step  # noqa: E402
-from mlrl.loops import online, stages  # noqa: E402
+from mlrl.loops import describe, online, stages  # noqa: E402
 from mlrl.losses import policy, regularizers, values  # noqa: E402
 from mlrl.models.transformer import Config  # noqa: E402
 from mlrl.rewards import graph  # noqa: E402
@@ -206,6 +207,16 @@ def test_the_description_says_what_a_step_is():
     assert "arithmetic 1" in text  # the reward of a demonstration
     assert "the policy that sampled is 1, so that nothing is clipped" in online.describe(
         online.prepare(worlds.sums(minibatches=1)))  # fmt: skip
+
+
+@pytest.mark.parametrize("chunks, columns, vocabulary", [
+    ({}, 3, 24), ({"score_chunk_columns": 2}, 2, 24), ({"score_chunk_columns": 8, "score_chunk_vocabulary": 4}, 3, 4)])
+def test_the_description_counts_the_logits_that_are_there_at_once(chunks, columns, vocabulary):
+    model = dataclasses.replace(worlds.TINY, vocabulary_size=24)
+    experiment = worlds.sums(model=model, **chunks)
+    state = online.abstract_state(online.prepare(experiment))
+    told = describe.the_memory(experiment, model, state, rows=32, columns=8, scored=3, update_rows=1600)
+    assert f"logits of an update (fp32) {describe.mebibytes(4 * 1600 * columns * vocabulary)}" in told
 
 
 def test_a_reward_that_turns_nan_in_the_run_stops_it(tmp_path):
