@@ -214,7 +214,7 @@ def parameters(folder: str | os.PathLike) -> Any:
     """Shapes and dtypes of the policy's parameters in the last complete checkpoint, frozen ones among them.
 
     Raises:
-      Refused: there is no complete checkpoint.
+      Refused: there is no complete checkpoint, or what it says of its arrays is damaged.
     """
     flat = {}
     for leaf in _last_saved(folder)[1]:

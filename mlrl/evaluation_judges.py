@@ -60,24 +60,25 @@ class JudgeEvaluation:
         each, vocabulary = stored.candidates_per_prompt(self.task), self.task.vocabulary
         batch, _ = jax.tree.map(jnp.asarray, stored.first(self.task, self.prompts))
         asked = jax.tree.map(jnp.asarray, prompts.first(self.task, self.prompts))
-        key = jax.random.key(0)
 
-        @jax.jit
-        def judged(params: Params, asked: Prompts, rows: Rollout) -> tuple[Array, Array]:
-            given = dict(vocabulary=vocabulary, sampling=GREEDY, group_size=1)
-
+        def graded(params: Params, given: tuple[Prompts, Rollout]) -> Array:
             def generate(rows: Prompts, key: Array, *, rollout_fn: Callable, **how: object) -> Rollout:
                 return rollout_fn(models.model, params, rows, key, vocabulary=vocabulary, **how)
 
-            def grade(rows: Rollout, asked: Prompts) -> Array:
-                about = judges.asked_of(self.form, vocabulary, rows, asked)
-                return judges.grades(generate, *about, key, form=self.form, vocabulary=vocabulary)[:, 0]
+            asked, rows = given
+            about = judges.asked_of(self.form, vocabulary, rows, asked)
+            return judges.grades(generate, *about, jax.random.key(0), form=self.form, vocabulary=vocabulary)[:, 0]
 
-            own = models.rollout_fn(models.model, params, asked, key, **given)
-            return grade(rows, prompts.repeat(asked, each)), grade(own, asked)
+        def graded_own(params: Params, asked: Prompts) -> Array:
+            own = models.rollout_fn(models.model, params, asked, jax.random.key(0), vocabulary=vocabulary,
+                                    sampling=GREEDY, group_size=1)  # fmt: skip
+            return graded(params, (asked, own))
+
+        candidates = (prompts.repeat(asked, each), batch.rollout)
+        of_stored, of_own = models.compiled(graded, candidates), models.compiled(graded_own, asked)
 
         def measure(params: Params, reference: Params) -> Results:
-            found, own = processes.on_host(judged(params, asked, batch.rollout))
+            found, own = processes.on_host((of_stored(params, candidates), of_own(params, asked)))
             quality = np.where(batch.rewards.scored, batch.rewards.outcome, np.nan)
             results = statistics(np.asarray(found).reshape(-1, each), quality.reshape(-1, each))
             own = np.asarray(own)

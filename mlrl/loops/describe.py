@@ -76,11 +76,17 @@ def the_model(config: Config, state: TrainState) -> str:
 
 
 def the_memory(experiment: Any, config: Config, state: TrainState, *, rows: int, columns: int, scored: int,
-               update_rows: int) -> str:  # fmt: skip
-    """The large arrays, per device if there is one; an estimate by formula, not what the compiler will allocate."""
-    cache, vocabulary_size = cache_bytes(config, rows, columns), config.vocabulary_size
-    at_once = min(scored, experiment.score_chunk_columns or scored)
-    logits = update_rows * at_once * min(vocabulary_size, experiment.score_chunk_vocabulary or vocabulary_size) * 4
+               update_rows: int, reads: Collection[str]) -> str:  # fmt: skip
+    """The large arrays, per device if there is one; an estimate by formula, not what the compiler will allocate.
+
+    Args:
+      reads: what the losses look at: whole distributions are there at once, whatever the chunks.
+    """
+    cache, tokens = cache_bytes(config, rows, columns), config.vocabulary_size
+    if "Scores.logits" not in reads:
+        scored = min(scored, experiment.score_chunk_columns or scored)
+        tokens = min(tokens, experiment.score_chunk_vocabulary or tokens)
+    logits = update_rows * scored * tokens * 4
     named = "parameters, the critic's among them" if config.critic_layers else "parameters"
     parts = {
         named: size(state.params), "frozen parameters": size(state.frozen), "optimizer": size(state.opt_state),

@@ -325,9 +325,9 @@ def describe(parts: Parts) -> str:
         "model": describe_.the_model(parts.model.config, state),
         "memory": describe_.the_memory(
             experiment, parts.model.config, state, rows=experiment.prompts_per_step * g, columns=columns,
-            scored=columns - width, update_rows=experiment.micro_batch_rows or each,
+            scored=columns - width, update_rows=experiment.micro_batch_rows or each, reads=parts.reads,
         ) + f"; {describe_.the_meshes(experiment)}",
-        "compiled": "the rollout, the annotation, the selection and the update; two samplers for each evaluation",
+        "compiled": "the rollout, the annotation, the selection and the update; what each evaluation runs",
         "evaluated": describe_.the_evaluations(experiment).replace("steps", "rounds"),
         "rewards": describe_.tried(parts.reward, task),
     })  # fmt: skip

@@ -295,8 +295,8 @@ def describe(parts: Parts) -> str:
         "model": describe_.the_model(parts.model.config, state),
         "memory": describe_.the_memory(
             experiment, parts.model.config, state, rows=0, columns=columns, scored=columns,
-            update_rows=experiment.micro_batch_rows or rows // experiment.minibatches,
+            update_rows=experiment.micro_batch_rows or rows // experiment.minibatches, reads=parts.reads,
         ) + f"; {describe_.the_meshes(experiment)}",
-        "compiled": "the update; two samplers for each evaluation",
+        "compiled": "the update; what each evaluation runs",
         "evaluated": describe_.the_evaluations(experiment),
     })  # fmt: skip

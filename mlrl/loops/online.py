@@ -461,10 +461,10 @@ def describe(parts: Parts) -> str:
         "model": describe_.the_model(parts.model.config, state),
         "memory": describe_.the_memory(
             experiment, parts.model.config, state, rows=rows, columns=columns, scored=columns - width,
-            update_rows=experiment.micro_batch_rows or rows // experiment.minibatches,
+            update_rows=experiment.micro_batch_rows or rows // experiment.minibatches, reads=parts.reads,
         ) + f"; {describe_.the_meshes(experiment)}",
         "annotated": ", ".join(["old log-probs", *(name.removeprefix("Batch.") for name in reads)]),
-        "compiled": programs + "; two samplers for each evaluation" * bool(experiment.evaluations),
+        "compiled": programs + "; what each evaluation runs" * bool(experiment.evaluations),
         "evaluated": describe_.the_evaluations(experiment),
         "rewards": describe_.tried(parts.reward, task),
     })  # fmt: skip

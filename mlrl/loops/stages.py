@@ -65,18 +65,20 @@ def sampler(parts: Parts, sample: Callable[..., Rollout]) -> Callable[..., Rollo
     Where the two differ, parameters and prompts are moved there first, the parameters in the dtype of products, and
     rows come back; see `meshes.mover`.
     """
+    prompts, rollout, _ = abstract_rows(parts)
     given = functools.partial(sample, parts), functools.partial(acting, parts), meshes.state_shardings
-    return _on_mesh_of_rollouts(parts, *given, abstract_state(parts), abstract_rows(parts)[0])
+    return _on_mesh_of_rollouts(parts, *given, abstract_state(parts), prompts, lambda held: rollout)
 
 
-def _on_mesh_of_rollouts(parts: Any, sample: Callable, narrow: Callable, shardings: Callable, held: Any,
-                         rows: Any) -> Callable:  # fmt: skip
+def _on_mesh_of_rollouts(parts: Any, sample: Callable, narrow: Callable, shardings: Callable, held: Any, rows: Any,
+                         sampled_of: Callable) -> Callable:  # fmt: skip
     """sample(held, rows, *more), compiled for where rollouts are and called where the update is.
 
     Args:
       narrow: held -> what is left of it to be moved.
       shardings: (what is left, mesh) -> where it lives.
       held, rows: shapes of what `sample` is called with; what it is called with more is not moved.
+      sampled_of: (what is left) -> shapes of what `sample` returns.
     """
     program = jax.jit(sample)
     here, there = checks.meshes_of(parts.experiment)
@@ -84,7 +86,7 @@ def _on_mesh_of_rollouts(parts: Any, sample: Callable, narrow: Callable, shardin
         return program
     held = narrow(held)
     with meshes.use(there):
-        sampled = jax.eval_shape(sample, held, rows)
+        sampled = sampled_of(held)
     places = lambda mesh: (shardings(held, mesh), meshes.row_shardings(rows, mesh))  # noqa: E731
     go, narrow = meshes.mover(places(here), places(there)), jax.jit(narrow)
     back = meshes.mover(*(meshes.row_shardings(sampled, mesh) for mesh in (there, here)))
@@ -105,8 +107,9 @@ def evaluator(parts: Any, evaluations: Sequence[AnyEvaluation]) -> Evaluator:
     policy = lora.policy(abstract_state(parts))
 
     def compiled(sample: SampleFn, rows: Any) -> SampleFn:
-        return _on_mesh_of_rollouts(parts, _split(parts, sample), functools.partial(_narrowed, parts),
-                                    meshes.parameter_shardings, policy, rows)  # fmt: skip
+        split = _split(parts, sample)
+        return _on_mesh_of_rollouts(parts, split, functools.partial(_narrowed, parts), meshes.parameter_shardings,
+                                    policy, rows, lambda params: jax.eval_shape(split, params, rows))  # fmt: skip
 
     experiment = parts.experiment
     return evaluation.evaluator(evaluations, parts.model, experiment.rollout_fn, parts.reference_model, compiled)
@@ -119,8 +122,9 @@ def evaluations(parts: Any) -> dict[str, Program]:
     def noted(task: str, sample: SampleFn, rows: Any) -> SampleFn:
         split, shapes = _split(parts, sample), jax.eval_shape(lambda: rows)
         of_state = lambda parts, state, rows: split(lora.policy(state), rows)  # noqa: E731
-        count = jax.tree.leaves(rows)[0].shape[0]
-        found[f"{work.EVALUATION} of {task}, {count} rows"] = sampling(parts, of_state, state, shapes)
+        name = f"{work.EVALUATION} of {task}, {jax.tree.leaves(rows)[0].shape[0]} rows"
+        again = sum(one.startswith(name) for one in found)
+        found[name + (f" ({again + 1})" if again else "")] = sampling(parts, of_state, state, shapes)
         return sample
 
     for one in experiment.evaluations:
@@ -137,9 +141,7 @@ def _split(parts: Any, sample: SampleFn) -> SampleFn:
         count = jax.tree.leaves(rows)[0].shape[0]
         more = -count % shards
         filled = jax.tree.map(lambda x: jnp.concatenate([x, x[-1:].repeat(more, axis=0)]), rows)
-        sampled = meshes.split_rows(sample(params, meshes.split_rows(filled)))
-        own = lambda x: x[: x.shape[0] * count // (count + more)]  # noqa: E731  a prompt may have made several rows
-        return jax.tree.map(own, sampled)
+        return jax.tree.map(lambda x: x[:count], meshes.split_rows(sample(params, meshes.split_rows(filled))))
 
     return sample if shards == 1 else split
 

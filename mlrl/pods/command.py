@@ -76,10 +76,11 @@ def summary(topology: str, slices: int, results: Sequence[Result]) -> Result:
     """All results and what follows of them: whether everything fits, and the predicted seconds of a step or round."""
     seconds = [r["runs"] * r["predicted_seconds"] for r in results if "predicted_seconds" in r]
     fits = bool(results) and all(r["fits"] for r in results)
+    step_fits = bool(results) and all(r["fits"] for r in results if r.get("runs", 1))
     return {
         "topology": topology, "slices": slices, "chips": results[0]["chips"] if results else 0, "fits": fits,
         "unit": results[0].get("unit", "step") if results else "step",
-        "predicted_seconds": sum(seconds) if fits else None, "programs": list(results),
+        "predicted_seconds": sum(seconds) if step_fits else None, "programs": list(results),
     }  # fmt: skip
 
 

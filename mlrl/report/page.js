@@ -139,7 +139,7 @@ function range(series, points) {
   return [low === 0 ? 0 : low - margin, high + margin];
 }
 
-// Now and when its width or what is hidden changes.
+// At the end of this file, and when its width or what is hidden changes.
 function drawsToFit(body, draw) {
   redraws.push(draw);
   new ResizeObserver(() => requestAnimationFrame(draw)).observe(body);

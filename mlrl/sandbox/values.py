@@ -86,7 +86,7 @@ def _plain(tree, depth):
 
 def is_literal(text):
     """Whether a text of Python is made of literals, signs and displays alone, without names, calls and operations, and
-    has a value: -[1] and {[1]}, which only the grammar lets pass, have none.
+    `ast.literal_eval` reads it: not so -[1] and {[1]}, which have no value, nor --1, which no value is shown as.
     """
     allowed = (ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.UnaryOp, ast.USub, ast.UAdd,
                ast.Load)  # fmt: skip

@@ -215,8 +215,12 @@ def test_the_description_counts_the_logits_that_are_there_at_once(chunks, column
     model = dataclasses.replace(worlds.TINY, vocabulary_size=24)
     experiment = worlds.sums(model=model, **chunks)
     state = online.abstract_state(online.prepare(experiment))
-    told = describe.the_memory(experiment, model, state, rows=32, columns=8, scored=3, update_rows=1600)
-    assert f"logits of an update (fp32) {describe.mebibytes(4 * 1600 * columns * vocabulary)}" in told
+    told = lambda reads: describe.the_memory(  # noqa: E731
+        experiment, model, state, rows=32, columns=8, scored=3, update_rows=1600, reads=reads)
+    counted = lambda columns, vocabulary: (  # noqa: E731
+        f"logits of an update (fp32) {describe.mebibytes(4 * 1600 * columns * vocabulary)}")
+    assert counted(columns, vocabulary) in told({"Batch.values"})
+    assert counted(3, 24) in told({"Scores.logits"})  # a distribution is read whole
 
 
 def test_a_reward_that_turns_nan_in_the_run_stops_it(tmp_path):

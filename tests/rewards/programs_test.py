@@ -104,7 +104,7 @@ def test_texts_are_read_as_people_write_them():
     assert program_of("a ```python\nx\n``` b ```\ny\n``` c") == "y" and program_of("x = 1") == "x = 1"
     assert first_line("\n \n  4 \n5") == "4" and first_line("") == ""
     assert is_literal("{'a': [-1, (2.5, None)]}") and not is_literal("a") and not is_literal("1 + 1")
-    assert not any(map(is_literal, ("-[1]", "-True", "--1", "{[1]}", "{**{}}", "{[]: 1}")))  # grammar, but no value
+    assert not any(map(is_literal, ("-[1]", "-True", "--1", "{[1]}", "{**{}}", "{[]: 1}")))  # not read
 
 
 def test_it_is_a_reward_of_rows_in_worker_processes():
