@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import logging
@@ -12,8 +13,9 @@ import os
 import pathlib
 import re
 import sys
+import traceback
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -62,7 +64,7 @@ def open_manager(folder: str | os.PathLike, *, keep_last: int = 2, keep_best: in
     Raises:
       Refused: the folder cannot be made or written to, or keep_last is below 1; read-only, if metrics are damaged.
     """
-    logging.getLogger("absl").addFilter(_not_raised_besides)
+    _say_an_error_once()
     if keep_last < 1:
         raise Refused(f"keep_last must be at least 1, got {keep_last}: a run without checkpoints cannot resume")
     folder = pathlib.Path(folder).absolute()
@@ -279,9 +281,31 @@ def _quality(metrics: Mapping[str, float] | None) -> float:
     return (metrics or {}).get("quality", -math.inf)
 
 
+def _say_an_error_once() -> None:
+    """A save that fails raises one error, from `save`, `wait` or `close`. Pages of trace beside it say no more: what
+    orbax's threads log of it, what asyncio logs of the other arrays, for whose errors nobody asked, and what is printed
+    when one of these is over after the loop that waited for it.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_not_raised_besides)
+    if getattr(sys.unraisablehook, "func", None) is not _unless_late:
+        sys.unraisablehook = functools.partial(_unless_late, sys.unraisablehook)
+
+
 def _not_raised_besides(record: logging.LogRecord) -> bool:
-    """Not so for the page of trace that orbax's threads log of an error which `save`, `wait` or `close` raises too."""
-    return not (record.exc_info and "orbax" in record.pathname)
+    trace = record.exc_info[2] if record.exc_info else None
+    return not (record.exc_info and ("orbax" in record.pathname or _passes_through(trace, "orbax")))
+
+
+def _passes_through(trace: Any, name: str) -> bool:
+    return any(name in frame.filename for frame in traceback.extract_tb(trace))
+
+
+def _unless_late(hook: Callable[[Any], None], said: Any) -> None:
+    """An unraisablehook that leaves out a future of tensorstore's that tells its loop, closed meanwhile, of its end."""
+    first = said.exc_traceback.tb_frame.f_code.co_name if said.exc_traceback else ""
+    if not (str(said.exc_value) == "Event loop is closed" and first == "call_soon_threadsafe"):
+        hook(said)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """A saved state comes back bitwise, or the one before it does; a folder belongs to one run."""
 
+import asyncio
 import json
 import logging
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -241,6 +243,28 @@ def test_damaged_parameters_are_refused(tmp_path, damage):
     victim.unlink() if damage == "remove" else victim.write_bytes(content)
     with pytest.raises(Refused, match="c/1 is damaged .*: `mlrl train` on its run sets it aside"):
         checkpoints.restore_params(tmp_path / "c", wanted)
+
+
+def test_an_error_of_a_save_is_said_once(tmp_path, monkeypatch, caplog):
+    """What a full disk makes tensorstore print and asyncio log beside it; see the drill `ends`."""
+    seen = []
+    monkeypatch.setattr(sys, "unraisablehook", seen.append)
+    for _ in range(2):
+        checkpoints.close(checkpoints.open_manager(tmp_path / "c"))
+    loop = asyncio.new_event_loop()
+    loop.close()
+    for late in (loop.call_soon_threadsafe, loop.call_soon):
+        try:
+            late(print)
+        except RuntimeError as error:
+            trace = error.__traceback__.tb_next  # without this frame: nothing of Python's called it
+            sys.unraisablehook(types.SimpleNamespace(exc_value=error, exc_traceback=trace))
+    assert [said.exc_traceback.tb_frame.f_code.co_name for said in seen] == ["call_soon"]
+    with pytest.raises(Exception) as of_orbax:
+        checkpoints.ocp.CheckpointManager(3)
+    for error in (of_orbax.value, ValueError("another")):
+        logging.getLogger("asyncio").error("Task exception was never retrieved", exc_info=error)
+    assert [record.exc_info[1].args for record in caplog.records] == [("another",)]
 
 
 def test_only_damaged_steps_are_refused(tmp_path):
