@@ -56,6 +56,7 @@ pods: install
 
 lint: install
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 # The documents as a site of files, into site/; a link that leads nowhere is an error.
 docs: install
@@ -70,5 +71,5 @@ lock:
 	  > requirements.lock.new && mv requirements.lock.new requirements.lock
 
 clean:
-	rm -rf .venv benchmarks/peers/.venv-tunix .libtpu .jax_cache .pytest_cache .ruff_cache build dist site *.egg-info
+	rm -rf .venv benchmarks/peers/.venv-tunix .libtpu .jax_cache .pytest_cache .ruff_cache .mypy_cache build dist site *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

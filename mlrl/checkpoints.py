@@ -248,7 +248,7 @@ def latest_step(folder: str | os.PathLike) -> int | None:
 def best_step(manager: Manager) -> int | None:
     """The complete step with the highest `best_metric`; None when no step was ranked."""
     ranked = {step: _quality(manager.orbax.metrics(step)) for step in manager.orbax.all_steps()}
-    best = max(ranked, key=ranked.get, default=None)
+    best = max(ranked, key=lambda step: ranked[step], default=None)
     return None if best is None or ranked[best] == -math.inf else best
 
 
@@ -368,7 +368,7 @@ def _checksum(leaf: Any) -> int | None:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         leaf = leaf.addressable_data(0) if leaf.is_fully_replicated else leaf
-    return zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
+    return zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
 
 
 def _require_same_leaves(saved: list[dict[str, Any]], template: Any, where: str) -> None:

@@ -54,7 +54,7 @@ def of_gin(config: Any, path: str, error: Exception) -> str:
         found = re.search(pattern, text)
         if found:
             known = names(config, *found.groups())
-            close = difflib.get_close_matches(found[found.lastindex], [k for k in known if k != found[1]], n=1)
+            close = difflib.get_close_matches(found[found.lastindex or 0], [k for k in known if k != found[1]], n=1)
             return where + words.format(*found.groups()) + (f": did you mean {close[0]!r}?" if close else "")
     return where + one_line(error)
 
@@ -149,7 +149,7 @@ def refuse_lost(parser: Any, path: str) -> None:
 
 def _bound_by(parser: Any, path: str) -> dict[str, Any]:
     """What a gin file and those that it includes bind."""
-    found = {}
+    found: dict[str, Any] = {}
     for _, key, value, included in _statements(parser, path):
         found |= _bound_by(parser, included) if included else {key: value}
     return found

@@ -179,7 +179,8 @@ class Preemption:
     """Notices that this run is to end (SIGTERM), wherever it was said; all processes learn of it at the same step."""
 
     def __init__(self) -> None:
-        self._said, self._before = threading.Event(), None
+        self._said = threading.Event()
+        self._before: Any = None  # who listened to the signal
 
     def __enter__(self) -> Preemption:
         # Several processes have a service for it, which listens since they joined.

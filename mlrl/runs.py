@@ -91,7 +91,8 @@ class Run:
         self._state: TrainState | None = None
         self._closers, self._preemption = contextlib.ExitStack(), processes.Preemption()
         self._compiled = profiling.CompileLog(self.folder / "compilations.jsonl")
-        self._trace, self._cost = profiling.Trace(self.folder / "profile", profile), None
+        self._trace = profiling.Trace(self.folder / "profile", profile)
+        self._cost: Cost | None = None
 
     def __enter__(self) -> Run:
         self._closers.enter_context(self._preemption)
@@ -106,8 +107,8 @@ class Run:
             if jax.process_count() > 1 and kind is not None and not isinstance(error, Stopped):
                 return
             self._closers.callback(checkpoints.close, self._checkpoints)
-            leaves = jax.tree.leaves(self._state)
-            if kind is not None and leaves and not any(x.is_deleted() for x in leaves if hasattr(x, "is_deleted")):
+            deleted = any(x.is_deleted() for x in jax.tree.leaves(self._state) if hasattr(x, "is_deleted"))
+            if kind is not None and self._state is not None and not deleted:
                 self.save(self._state)  # what stopped the run must not cost the steps since the last save
 
     def restore_or(self, abstract: TrainState, make: Callable[[], TrainState], mesh: Mesh) -> TrainState:

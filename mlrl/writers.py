@@ -78,7 +78,7 @@ def open_writers(folder: str | os.PathLike, *, wandb: bool = False, resume_step:
     require_writable(folder)
     metrics, samples = (_JsonLines(folder / name, resume_step) for name in ("metrics.jsonl", "samples.jsonl"))
     events = _Events(folder / "tensorboard", resume_step)
-    sinks: list[Sink] = [lambda step, values: metrics.write({"step": step} | values), events.write]
+    sinks: list[Sink] = [lambda step, values: metrics.write({"step": step, **values}), events.write]
     closers = [metrics.close, samples.close, events.close]
     if wandb:
         run = _wandb_run(folder)

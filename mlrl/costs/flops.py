@@ -74,7 +74,9 @@ def _of_equations(jaxpr: Any) -> float:
     """The products that stand in the jaxpr itself."""
     total = 0.0
     for equation in jaxpr.eqns:
-        name, out = equation.primitive.name, equation.outvars[0].aval if equation.outvars else None
+        if not equation.outvars:
+            continue
+        name, out = equation.primitive.name, equation.outvars[0].aval
         if name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             left = equation.invars[0].aval

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -44,7 +44,7 @@ class Program(NamedTuple):
     beside      a state that lies in memory meanwhile, on the mesh of the update; () if the arguments are all of it
     """
 
-    function: Callable
+    function: jax.stages.Wrapped
     arguments: tuple[Any, ...]
     mesh: Mesh
     beside: Any = ()

@@ -171,7 +171,13 @@ def _trips(computations: dict[str, list[_Instruction]], loop: _Instruction) -> i
     """How often a loop runs at most; 0 if that is not known."""
     if known := re.search(r'known_trip_count\W+n\W+(\d+)', loop.rest):
         return int(known[1])
-    return _bound(computations, re.search(r"condition=%([\w.\-]+)", loop.rest)[1])
+    return _bound(computations, _first(r"condition=%([\w.\-]+)", loop.rest))
+
+
+def _first(pattern: str, text: str) -> str:
+    """What the group of a pattern finds first."""
+    found = re.search(pattern, text)
+    return found[1] if found else ""
 
 
 def _bound(computations: dict[str, list[_Instruction]], condition: str) -> int:
@@ -179,7 +185,7 @@ def _bound(computations: dict[str, list[_Instruction]], condition: str) -> int:
     numbers, found = {}, [0]
     for one in computations[condition]:
         if one.opcode == "constant" and re.match(r"[su]32\[\]", one.shape):
-            numbers[one.name] = int(re.search(r"constant\((-?\d+)\)", one.rest)[1])
+            numbers[one.name] = int(_first(r"constant\((-?\d+)\)", one.rest))
         if one.opcode == "compare":
             found.extend(numbers.get(name, 0) for name in re.findall(r"%([\w.\-]+)", one.rest.partition(")")[0]))
         found.extend(_bound(computations, other) for other in _called(one))

@@ -119,7 +119,8 @@ def _data(studies: Sequence[Study]) -> dict[str, Any]:
 
 
 def _texts(first: Study, other: Study) -> tuple[str, str]:
-    return tuple("\n".join(without_seeds(study.runs[0].config)) for study in (first, other))
+    text = lambda study: "\n".join(without_seeds(study.runs[0].config))  # noqa: E731
+    return text(first), text(other)
 
 
 def _evaluation_tables(runs: Sequence[RunLog]) -> list[dict[str, Any]]:

@@ -116,8 +116,9 @@ def panels(studies: Sequence[Study]) -> list[dict[str, Any]]:
             names = [n for n in names if n not in taken]
             found[section] += [_panel(studies, n) for n in taken]
     found["Everything else"] = [_panel(studies, n) for n in names]
-    measured = [{"name": n, "note": "held-out prompts", "points": True,
-                 "series": [evaluation_curve(study.runs, n) for study in studies]} for n in evaluated]  # fmt: skip
+    measured: list[dict[str, Any]] = [
+        {"name": n, "note": "held-out prompts", "points": True,
+         "series": [evaluation_curve(study.runs, n) for study in studies]} for n in evaluated]  # fmt: skip
     greedy = [panel for panel in measured if panel["name"].endswith(" greedy")]
     found["Learning"] = [*greedy, *found["Learning"], *(panel for panel in measured if panel not in greedy)]
     return [{"title": title, "panels": kept} for title, kept in found.items() if kept]
@@ -139,6 +140,8 @@ def final_numbers(study: Study) -> list[dict[str, Any]]:
         names = [n for n in names if " greedy" in n or " mean@" in n] or names[:3]
     for name in names:
         c = evaluation_curve(study.runs, name)
+        if c is None:
+            continue
         last = len(c["x"]) - 1
         numbers.append({"name": name, "before": c["mean"][0] if last else None, "value": c["mean"][last],
                         "low": c["low"][last], "high": c["high"][last], "kind": "held-out"})  # fmt: skip
@@ -196,7 +199,7 @@ def lengths(runs: Sequence[RunLog]) -> dict[str, Any] | None:
 
 def samples(runs: Sequence[RunLog]) -> list[list[Mapping[str, Any]]]:
     """The sampled rows of each run: steps are thinned out evenly until the page stays small."""
-    kept = []
+    kept: list[list[Mapping[str, Any]]] = []
     for run in runs:
         steps = sorted({row["step"] for row in run.samples})
         tokens = sum(len(row.get("tokens") or ()) for row in run.samples)

@@ -67,7 +67,9 @@ class _Process:
             env=environment,
             start_new_session=True,  # its own group: killed whole, and Ctrl-C does not reach it
         )
-        self.requests, self.answers = self.process.stdin.fileno(), self.process.stdout.fileno()
+        assert self.process.stdin and self.process.stdout  # as pipes
+        self._pipes = self.process.stdin, self.process.stdout
+        self.requests, self.answers = (pipe.fileno() for pipe in self._pipes)
         os.set_blocking(self.requests, False)
         os.set_blocking(self.answers, False)
         try:
@@ -105,8 +107,8 @@ class _Process:
         for pid in left:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
-        self.process.stdin.close()
-        self.process.stdout.close()
+        for pipe in self._pipes:
+            pipe.close()
         code = self.process.wait()
         return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
 

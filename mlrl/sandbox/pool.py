@@ -87,9 +87,8 @@ class Pool:
     def walls(self) -> tuple[str, ...]:
         """Which of WALLS stand around this pool's programs; starts a server if there is none."""
         with self._lock:
-            if self._slots[0] is None:
-                self._slots[0] = _Server(self._without)
-            return self._slots[0].standing
+            server = self._slots[0] = self._slots[0] or _Server(self._without)
+            return server.standing
 
     def run(self, jobs: Sequence[Job], *, seconds: float = float("inf")) -> list[Result]:
         """The jobs' results, in order; after `seconds` what runs is stopped, and what has not begun is "not_run"."""
@@ -146,6 +145,8 @@ class _Server:
             [sys.executable, "-P", "-s", "-S", "-B", "-c", _BOOT, settings], env={"PYTHONHASHSEED": "0"}, cwd="/",
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0, start_new_session=True,
         )  # fmt: skip
+        assert self.process.stdin and self.process.stdout  # as pipes
+        self._requests, self._answers = self.process.stdin, self.process.stdout
         try:
             hello = self._receive(time.monotonic() + _START_SECONDS)
             _judge(hello, without)
@@ -163,7 +164,7 @@ class _Server:
         deadline = time.monotonic() + seconds
         view = memoryview(len(data).to_bytes(8, "big") + data)
         while view:
-            view = view[os.write(self.process.stdin.fileno(), view) :]
+            view = view[os.write(self._requests.fileno(), view) :]
         return self._receive(deadline)
 
     def interrupt(self) -> None:
@@ -171,20 +172,20 @@ class _Server:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def kill(self) -> None:
-        self.process.stdin.close()  # it ends its program and itself, and leaves nobody for others to reap
+        self._requests.close()  # it ends its program and itself, and leaves nobody for others to reap
         try:
             self.process.wait(_GRACE_SECONDS)
         except subprocess.TimeoutExpired:
             self.interrupt()
             self.process.wait()
-        self.process.stdout.close()
+        self._answers.close()
         self.scratch.cleanup()
 
     def _receive(self, deadline: float) -> dict[str, Any]:
         return json.loads(self._read(int.from_bytes(self._read(8, deadline), "big"), deadline))
 
     def _read(self, size: int, deadline: float) -> bytes:
-        data, pipe, poll = b"", self.process.stdout.fileno(), select.poll()
+        data, pipe, poll = b"", self._answers.fileno(), select.poll()
         poll.register(pipe, select.POLLIN)
         while len(data) < size:
             left = deadline - time.monotonic()
