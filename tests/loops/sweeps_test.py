@@ -71,7 +71,7 @@ def distance(state, other):
 def test_each_is_the_run_that_it_is_alone_and_goes_on_bitwise(tmp_path):
     states = together(tmp_path / "whole")  # both seeds of 0.5, then of 1.0
     single = alone(tmp_path / "alone", sums(1.0, 1))
-    # Two programs, which round in other places: 1.4e-6 in all on a processor that adds to a product without rounding it.
+    # Two programs, which round in other places: 1.4e-6 in all where a processor adds to a product before it rounds.
     moved = distance(single, online.initial_state(online.prepare(sums(1.0, 1))))
     assert distance(states[3], single) < 1e-5 * moved < 2e-6
     assert distance(states[1], single) > 1e-3 and distance(states[2], single) > 1e-3  # another setting, another seed
