@@ -174,7 +174,7 @@ def _measure(evaluation: Evaluation, models: Measured) -> Callable[[Params], Res
         return lambda params: sample(params, each)
 
     greedy = sampler(GREEDY, 1)
-    sampled = sampler(evaluation.sampling, evaluation.samples) if evaluation.samples else greedy  # or never called
+    sampled = sampler(evaluation.sampling, evaluation.samples) if evaluation.samples else greedy  # not called then
 
     def outcomes(rollout: Rollout, group_size: int) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         """(right [N,k] as 0 or 1, NaN where unscored; answers [N,k]; parts [N,k])."""

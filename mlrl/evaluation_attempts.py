@@ -75,7 +75,7 @@ class AttemptsEvaluation:
             return lambda params: sample(params, each)
 
         greedy = sampler(GREEDY, 1)
-        sampled = sampler(self.sampling, self.samples) if self.samples else greedy  # or never called
+        sampled = sampler(self.sampling, self.samples) if self.samples else greedy  # not called then
 
         def found(sample: Callable, params: Params, each: int, prefix: str) -> dict[str, dict[str, float]]:
             right, same = processes.on_host(sample(params))

@@ -65,28 +65,29 @@ def sampler(parts: Parts, sample: Callable[..., Rollout]) -> Callable[..., Rollo
     Where the two differ, parameters and prompts are moved there first, the parameters in the dtype of products, and
     rows come back; see `meshes.mover`.
     """
-    prompts, rollout, _ = abstract_rows(parts)
-    given = functools.partial(sample, parts), functools.partial(acting, parts), meshes.state_shardings
-    return _on_mesh_of_rollouts(parts, *given, abstract_state(parts), prompts, lambda held: rollout)
+    def shapes() -> tuple[Any, Any, Any]:
+        prompts, rollout, _ = abstract_rows(parts)
+        return acting(parts, abstract_state(parts)), prompts, rollout
+
+    narrow = functools.partial(acting, parts)
+    return _on_mesh_of_rollouts(parts, functools.partial(sample, parts), narrow, meshes.state_shardings, shapes)
 
 
-def _on_mesh_of_rollouts(parts: Any, sample: Callable, narrow: Callable, shardings: Callable, held: Any, rows: Any,
-                         sampled_of: Callable) -> Callable:  # fmt: skip
+def _on_mesh_of_rollouts(parts: Any, sample: Callable, narrow: Callable, shardings: Callable,
+                         shapes: Callable[[], tuple[Any, Any, Any]]) -> Callable:  # fmt: skip
     """sample(held, rows, *more), compiled for where rollouts are and called where the update is.
 
     Args:
       narrow: held -> what is left of it to be moved.
       shardings: (what is left, mesh) -> where it lives.
-      held, rows: shapes of what `sample` is called with; what it is called with more is not moved.
-      sampled_of: (what is left) -> shapes of what `sample` returns.
+      shapes: () -> those of what is left, of the rows, and of what `sample` returns; called where meshes differ. What
+        `sample` is called with more is not moved.
     """
     program = jax.jit(sample)
     here, there = checks.meshes_of(parts.experiment)
     if there == here:
         return program
-    held = narrow(held)
-    with meshes.use(there):
-        sampled = sampled_of(held)
+    held, rows, sampled = shapes()
     places = lambda mesh: (shardings(held, mesh), meshes.row_shardings(rows, mesh))  # noqa: E731
     go, narrow = meshes.mover(places(here), places(there)), jax.jit(narrow)
     back = meshes.mover(*(meshes.row_shardings(sampled, mesh) for mesh in (there, here)))
@@ -104,12 +105,16 @@ def evaluator(parts: Any, evaluations: Sequence[AnyEvaluation]) -> Evaluator:
     """What measures these evaluations of an experiment's policy. They sample where rollouts do, and as they do: their
     rows are split over the devices, and filled up with copies of the last one until they divide.
     """
-    policy = lora.policy(abstract_state(parts))
-
     def compiled(sample: SampleFn, rows: Any) -> SampleFn:
         split = _split(parts, sample)
-        return _on_mesh_of_rollouts(parts, split, functools.partial(_narrowed, parts), meshes.parameter_shardings,
-                                    policy, rows, lambda params: jax.eval_shape(split, params, rows))  # fmt: skip
+
+        def shapes() -> tuple[Any, Any, Any]:
+            policy = _narrowed(parts, lora.policy(abstract_state(parts)))
+            with meshes.use(checks.meshes_of(parts.experiment)[1]):
+                return policy, rows, jax.eval_shape(split, policy, rows)
+
+        narrow = functools.partial(_narrowed, parts)
+        return _on_mesh_of_rollouts(parts, split, narrow, meshes.parameter_shardings, shapes)
 
     experiment = parts.experiment
     return evaluation.evaluator(evaluations, parts.model, experiment.rollout_fn, parts.reference_model, compiled)
